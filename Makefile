@@ -1,0 +1,49 @@
+# One environment a column: .venv has the pinned CPU profile on Python 3.11, .venv-latest the same on Python 3.12.
+PYTHON ?= python3.11
+PYTHON_LATEST ?= python3.12
+VENV ?= .venv
+VENV_LATEST ?= .venv-latest
+REQUIREMENTS := requirements/cpu.txt requirements/dev.txt
+
+.PHONY: install test test-latest lint bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make install      create $(VENV) with the pinned CPU profile"
+	@echo "make test         install if needed, run all tests (Python 3.11, Megatron-Core 0.16.1)"
+	@echo "make test-latest  the distributed core tests on Python 3.12 and Megatron-Core 0.19.2"
+	@echo "make lint         ruff and mypy"
+	@echo "make bench        run the benchmarks; each prints JSON and a table"
+
+install: $(VENV)/.installed
+test: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest tests $(ARGS)
+
+test-latest: $(VENV_LATEST)/.installed
+	$(VENV_LATEST)/bin/python -m pytest tests/distributed tests/model tests/platform $(ARGS)
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.installed
+	for script in benchmarks/*.py; do $(VENV)/bin/python $$script || exit 1; done
+
+$(VENV)/.installed: $(REQUIREMENTS) setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(call fill,$(VENV))
+
+$(VENV_LATEST)/.installed: $(REQUIREMENTS) setup.py
+	$(PYTHON_LATEST) -m venv $(VENV_LATEST)
+	$(call fill,$(VENV_LATEST))
+
+define fill
+	$(1)/bin/python -m pip install --quiet --upgrade pip setuptools
+	$(1)/bin/python -m pip install --quiet $(foreach file,$(REQUIREMENTS),-r $(file))
+	$(1)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $(1)/.installed
+endef
+
+clean:
+	rm -rf $(VENV) $(VENV_LATEST) build *.egg-info

@@ -1,0 +1,123 @@
+"""Where weights come from: a Hugging Face folder's safetensors, or a seed. By slice, never the whole model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_flowrl.checkpoint.mapping import Slice, hugging_face_shapes
+from megatron_flowrl.config import Config, UserError
+from megatron_flowrl.model.architecture import Architecture
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class WeightSource(Protocol):
+    """Anything that has the tensors of a Hugging Face checkpoint by name."""
+
+    def read(self, piece: Slice) -> Tensor:
+        """The slice, on the CPU, in the source's dtype."""
+        ...
+
+
+class SafetensorsSource:
+    """The weights of a Hugging Face folder: one `model.safetensors`, or shards with an index.
+
+    Headers are checked against the architecture when it is made. Raises UserError naming file and tensor for what is
+    missing, damaged or of another shape.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], architecture: Architecture) -> None:
+        self._folder = Path(folder)
+        file_of = self._locate()
+        self._files = {name: self._open(name) for name in sorted(set(file_of.values()))}
+        self._file_of = file_of
+        self._check(architecture)
+
+    def read(self, piece: Slice) -> Tensor:
+        """Only the bytes of the slice are read."""
+        tensor = self._files[self._file_of[piece.name]].get_slice(piece.name)
+        return tensor[piece.start : piece.stop] if piece.dim == 0 else tensor[:, piece.start : piece.stop]
+
+    def _locate(self) -> dict[str, str]:
+        index, single = self._folder / _INDEX, self._folder / _SINGLE
+        if index.is_file():
+            try:
+                return dict(json.loads(index.read_text())["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{index} is not a safetensors index: {error!r}") from error
+        if single.is_file():
+            return dict.fromkeys(self._open(_SINGLE).keys(), _SINGLE)
+        raise UserError(
+            f"{self._folder} has neither {_SINGLE} nor {_INDEX}: convert the weights to safetensors, "
+            "or set model.init=random to start from nothing"
+        )
+
+    def _open(self, name: str) -> safe_open:
+        path = self._folder / name
+        if not path.is_file():
+            raise UserError(f"{path} does not exist, but {_INDEX} names it: the download is incomplete")
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read as safetensors ({error}): fetch it again") from error
+
+    def _check(self, architecture: Architecture) -> None:
+        problems = []
+        for name, shape in hugging_face_shapes(architecture).items():
+            if name not in self._file_of:
+                problems.append(f"{name} is missing")
+                continue
+            file = self._files[self._file_of[name]]
+            if name not in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                problems.append(f"{name} is not in {self._file_of[name]}, where the index places it")
+            elif tuple(file.get_slice(name).get_shape()) != shape:
+                found = tuple(file.get_slice(name).get_shape())
+                problems.append(f"{name} has shape {found}, config.json says {shape}")
+        if problems:
+            more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+            raise UserError(f"weights in {self._folder} do not fit: {'; '.join(problems[:5])}{more}")
+
+
+class RandomSource:
+    """Weights from nothing: each full tensor from a generator seeded by (seed, its name), the same for any layout.
+
+    Matrices are normal with the architecture's `initializer_range`, norms are 1, biases 0: transformers' own start.
+    """
+
+    def __init__(self, architecture: Architecture, seed: int) -> None:
+        self._shapes = hugging_face_shapes(architecture)
+        self._deviation = architecture.initializer_range
+        self._seed = seed
+        self._last: tuple[str, Tensor] = ("", torch.empty(0))
+
+    def read(self, piece: Slice) -> Tensor:
+        """fp32."""
+        return self._full(piece.name).narrow(piece.dim, piece.start, piece.stop - piece.start)
+
+    def _full(self, name: str) -> Tensor:
+        if self._last[0] != name:
+            self._last = (name, self._draw(name))
+        return self._last[1]
+
+    def _draw(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
+        digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        return torch.empty(shape).normal_(0.0, self._deviation, generator=generator)
+
+
+def open_source(config: Config, architecture: Architecture) -> WeightSource:
+    """The weights `config.model` asks for."""
+    if config.model.init == "random":
+        return RandomSource(architecture, config.seed)
+    return SafetensorsSource(config.model.path, architecture)

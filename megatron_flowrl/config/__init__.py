@@ -1,0 +1,43 @@
+"""The configuration: a typed schema, filled from a YAML recipe and dotted overrides.
+
+Imports neither torch nor Megatron.
+"""
+
+from .checks import check_config, data_parallel_size
+from .errors import UserError
+from .help import format_help
+from .load import load_config, to_dict, to_yaml
+from .schema import (
+    Config,
+    DataConfig,
+    DistributedDataParallelConfig,
+    LoggingConfig,
+    LogProbConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RecomputeConfig,
+    ReferenceConfig,
+)
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "DistributedDataParallelConfig",
+    "LogProbConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PrecisionConfig",
+    "RecomputeConfig",
+    "ReferenceConfig",
+    "UserError",
+    "check_config",
+    "data_parallel_size",
+    "format_help",
+    "load_config",
+    "to_dict",
+    "to_yaml",
+]

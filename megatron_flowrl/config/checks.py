@@ -1,0 +1,167 @@
+"""Rules that join several settings. Each is Megatron-Core's own, or refuses what could not be honoured."""
+
+import math
+from collections.abc import Iterator
+
+from .errors import UserError
+from .keys import KEYS, show
+from .schema import Config, ParallelConfig
+
+
+def check_config(config: Config) -> None:
+    """Refuse settings that contradict one another, or that the others leave without effect.
+
+    What depends on the model's shape or on the number of ranks is checked where these are known.
+
+    Raises:
+        UserError: with all the problems found.
+    """
+    rules = (_model, _pipeline, _data_parallel, _fp8, _bf16_layers, _recompute, _reference)
+    problems = [problem for rule in rules for problem in rule(config)]
+    if problems:
+        raise UserError(*problems)
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """World size / (TP x PP x CP).
+
+    Raises:
+        UserError: when that is not a whole number.
+    """
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    sizes: list[int] = [getattr(parallel, name) for name in names]
+    ranks_per_replica = math.prod(sizes)
+    if world_size % ranks_per_replica:
+        product = " x ".join(f"parallel.{name} {size}" for name, size in zip(names, sizes, strict=True))
+        raise UserError(
+            f"{world_size} processes cannot be shared out evenly: {product} = {ranks_per_replica}; "
+            f"start a multiple of {ranks_per_replica} processes, or change these sizes"
+        )
+    return world_size // ranks_per_replica
+
+
+def _model(config: Config) -> Iterator[str]:
+    if not config.model.path:
+        yield "model.path is empty; give the folder of a Hugging Face model: model.path=FOLDER"
+
+
+def _pipeline(config: Config) -> Iterator[str]:
+    parallel = config.parallel
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        yield (
+            "parallel.sequence_parallel = true needs parallel.tensor_model_parallel_size > 1, which is 1; "
+            "raise it, or set parallel.sequence_parallel=false"
+        )
+    if parallel.pipeline_model_parallel_size == 1:
+        yield from _idle(
+            config,
+            "needs parallel.pipeline_model_parallel_size > 1, which is 1; raise it",
+            "parallel.virtual_pipeline_model_parallel_size",
+            "parallel.num_layers_in_first_pipeline_stage",
+            "parallel.num_layers_in_last_pipeline_stage",
+        )
+        return
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
+        layers: int | None = getattr(parallel, name)
+        if layers and chunks and layers % chunks:
+            yield (
+                f"parallel.{name} = {layers} must be a multiple of "
+                f"parallel.virtual_pipeline_model_parallel_size = {chunks}: the chunks of a stage are equal"
+            )
+
+
+def _data_parallel(config: Config) -> Iterator[str]:
+    ddp = config.ddp
+    needs = {
+        "ddp.overlap_param_gather": ("use_distributed_optimizer", "overlap_grad_reduce"),
+        "precision.fp8_param_gather": ("use_distributed_optimizer",),
+    }
+    for key, names in needs.items():
+        for name in names:
+            if _value(config, key) and not getattr(ddp, name):
+                yield f"{key} = true needs ddp.{name}=true, which is false; set it, or set {key}=false"
+    if not ddp.overlap_grad_reduce:
+        yield from _idle(
+            config,
+            "has no effect while ddp.overlap_grad_reduce is false; set that to true",
+            "ddp.bucket_size",
+        )
+
+
+def _fp8(config: Config) -> Iterator[str]:
+    precision = config.precision
+    names = ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo")
+    delayed_keys = [f"precision.{name}" for name in names]
+    if precision.fp8 is None:
+        yield from _idle(
+            config,
+            "has no effect while precision.fp8 is null; set precision.fp8=hybrid or e4m3",
+            "precision.fp8_recipe",
+            *delayed_keys,
+            "precision.fp8_param_gather",
+            "precision.first_last_layers_bf16",
+        )
+        return
+    if precision.dtype == "float32":
+        yield (
+            f"precision.fp8 = {precision.fp8} needs precision.dtype=bfloat16, which is float32; "
+            "set it, or set precision.fp8=null"
+        )
+    if precision.fp8_recipe != "delayed":
+        yield from _idle(config, _read_only_with("precision.fp8_recipe", "delayed", config), *delayed_keys)
+    elif precision.first_last_layers_bf16:
+        yield (
+            "precision.first_last_layers_bf16 = true does not go with precision.fp8_recipe = delayed; "
+            "take the tensorwise, blockwise or mxfp8 recipe, or set precision.first_last_layers_bf16=false"
+        )
+
+
+def _bf16_layers(config: Config) -> Iterator[str]:
+    if not config.precision.first_last_layers_bf16:
+        yield from _idle(
+            config,
+            "has no effect while precision.first_last_layers_bf16 is false; set that to true",
+            "precision.num_layers_at_start_in_bf16",
+            "precision.num_layers_at_end_in_bf16",
+        )
+
+
+def _recompute(config: Config) -> Iterator[str]:
+    granularity, granularity_key = config.recompute.recompute_granularity, "recompute.recompute_granularity"
+    layer_keys = ("recompute.recompute_method", "recompute.recompute_num_layers")
+    if granularity == "full":
+        for key in layer_keys:
+            if _value(config, key) is None:
+                allowed = KEYS[key].allowed.removesuffix(" or null")
+                yield f"{granularity_key} = full needs {key}, which is null; set it to {allowed}"
+    else:
+        yield from _idle(config, _read_only_with(granularity_key, "full", config), *layer_keys)
+    if granularity != "selective":
+        reason = _read_only_with(granularity_key, "selective", config)
+        yield from _idle(config, reason, "recompute.recompute_modules")
+
+
+def _reference(config: Config) -> Iterator[str]:
+    if config.reference.placement == "host" and config.precision.fp8_param_gather:
+        yield (
+            "reference.placement = host does not go with precision.fp8_param_gather = true: FP8 weights are "
+            "not exchanged bit for bit; set reference.placement=resident or precision.fp8_param_gather=false"
+        )
+
+
+def _idle(config: Config, reason: str, *keys: str) -> Iterator[str]:
+    """A problem for each of `keys` that differs from its default though nothing would read it."""
+    for key in keys:
+        value, default = _value(config, key), KEYS[key].default
+        if value != default:
+            yield f"{key} = {show(value)} {reason}, or set {key}={show(default)}"
+
+
+def _read_only_with(key: str, value: str, config: Config) -> str:
+    return f"is read only with {key}={value}, which is {show(_value(config, key))}; change that"
+
+
+def _value(config: Config, key: str) -> object:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)

@@ -1,0 +1,228 @@
+"""Every setting of the program: one frozen dataclass per concern, gathered in `Config`.
+
+The string under a field is its manual: `format_help` prints it. Names and defaults are Megatron-Core's where
+it has the setting; where a default differs, the comment above it says why.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict
+from pydantic.dataclasses import dataclass
+
+# Strict: 1 is not true, 2.0 is not 2, "3" is not 3. An int is still welcome where a float is meant.
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+RecomputeModule = Literal["core_attn", "mlp"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelConfig:
+    """Which model, and where its weights come from."""
+
+    path: str = ""
+    """Hugging Face model folder. Must be given."""
+
+    init: Literal["pretrained", "random"] = "pretrained"
+    """Weights: `pretrained` reads them from the folder; `random` draws them from `seed` and needs only
+    config.json."""
+
+    make_vocab_size_divisible_by: PositiveInt = 128
+    """The vocabulary is padded to a multiple of this times tensor_model_parallel_size."""
+
+    max_sequence_length: PositiveInt | None = None
+    """Longest sequence accepted, in tokens; longer ones are refused. null: the model's own limit."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ParallelConfig:
+    """How the model and the data are cut over ranks. Data-parallel size is world size / (TP x PP x CP)."""
+
+    tensor_model_parallel_size: PositiveInt = 1
+    """Ranks that share every weight matrix (TP)."""
+
+    pipeline_model_parallel_size: PositiveInt = 1
+    """Pipeline stages, each with a run of the layers (PP)."""
+
+    virtual_pipeline_model_parallel_size: Annotated[int, Field(ge=2)] | None = None
+    """Model chunks per pipeline stage (VPP, interleaved schedule). null: not interleaved."""
+
+    context_parallel_size: PositiveInt = 1
+    """Ranks that share the tokens of every sequence (CP)."""
+
+    sequence_parallel: bool = False
+    """Cut norms and dropout over the tensor-parallel ranks, along the tokens. Needs TP > 1."""
+
+    num_layers_in_first_pipeline_stage: PositiveInt | None = None
+    """Layers on the first pipeline stage. null: an even share."""
+
+    num_layers_in_last_pipeline_stage: PositiveInt | None = None
+    """Layers on the last pipeline stage. null: an even share."""
+
+    distributed_timeout_minutes: PositiveInt = 10
+    """Minutes a collective may wait for a rank before the run is ended."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DistributedDataParallelConfig:
+    """How data-parallel ranks share gradients and optimizer states in training (Megatron's DDP)."""
+
+    # Megatron: False. On here because replicated Adam states take 12 bytes a parameter on every rank.
+    use_distributed_optimizer: bool = True
+    """Cut optimizer states over the data-parallel ranks."""
+
+    overlap_grad_reduce: bool = False
+    """Reduce gradients, bucket by bucket, while the backward pass still runs."""
+
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward pass runs. Needs use_distributed_optimizer and
+    overlap_grad_reduce."""
+
+    bucket_size: PositiveInt | None = None
+    """Elements in a gradient bucket, for overlap_grad_reduce. null: max(40000000, 1000000 x data-parallel
+    size)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PrecisionConfig:
+    """Number formats of weights and matrix products. FP8 goes through Transformer Engine."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Format of weights and activations."""
+
+    fp8: Literal["e4m3", "hybrid"] | None = None
+    """FP8 matrix products: `e4m3` throughout, or `hybrid` with e5m2 for output gradients. null: none."""
+
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
+    """FP8 scales: from past maxima, or from the present tensor, block, or 32-element block (Blackwell)."""
+
+    fp8_margin: NonNegativeInt = 0
+    """Delayed recipe: powers of two of head-room in the scale."""
+
+    fp8_amax_history_len: PositiveInt = 1
+    """Delayed recipe: steps of maxima remembered."""
+
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
+    """Delayed recipe: which remembered maximum sets the scale."""
+
+    fp8_param_gather: bool = False
+    """Keep matrix weights in FP8, and gather them over data-parallel ranks in FP8."""
+
+    first_last_layers_bf16: bool = False
+    """Keep the first and last layers in bfloat16. Not with the delayed recipe."""
+
+    num_layers_at_start_in_bf16: NonNegativeInt = 1
+    """First layers kept in bfloat16, with first_last_layers_bf16."""
+
+    num_layers_at_end_in_bf16: NonNegativeInt = 1
+    """Last layers kept in bfloat16, with first_last_layers_bf16."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RecomputeConfig:
+    """Activations computed again in the backward pass instead of being kept."""
+
+    recompute_granularity: Literal["selective", "full"] | None = None
+    """What is recomputed: the modules of recompute_modules, or whole layers. null: nothing."""
+
+    recompute_method: Literal["uniform", "block"] | None = None
+    """Full only. `uniform` keeps the input of every recompute_num_layers layers; `block` recomputes the first
+    recompute_num_layers layers of each pipeline stage."""
+
+    recompute_num_layers: PositiveInt | None = None
+    """Full only: layers in a recomputed unit (uniform), or recomputed per pipeline stage (block)."""
+
+    # Megatron's `layernorm` is left out: Transformer Engine fuses a dense layer's norms into its linears, so
+    # nothing is left to recompute. The other modules belong to MoE and latent attention.
+    recompute_modules: Annotated[tuple[RecomputeModule, ...], Strict(False), Field(min_length=1)] = ("core_attn",)
+    """Selective only: the modules recomputed."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OptimizerConfig:
+    """AdamW."""
+
+    # Megatron has no default; FlowRL's published recipe.
+    lr: NonNegativeFloat = 1e-6
+    """Learning rate."""
+
+    # Megatron: 0.01; FlowRL's published recipe.
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay: each step takes lr x weight_decay of the weight."""
+
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the running mean of gradients."""
+
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the running mean of squared gradients."""
+
+    adam_eps: PositiveFloat = 1e-8
+    """Added to the root of the mean square."""
+
+    clip_grad: NonNegativeFloat = 1.0
+    """Largest global L2 norm of the gradient. 0: no clipping."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataConfig:
+    """Text, tokens and packing."""
+
+    tokens_per_micro_batch: PositiveInt = 16384
+    """Token budget of one packed micro-batch, summed over the context-parallel ranks. A longer sequence is
+    refused."""
+
+    tokenizer: Annotated[str, Field(min_length=1)] | None = None
+    """Folder of the Hugging Face tokenizer, for text input. null: model.path."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LogProbConfig:
+    """Log-probabilities of the tokens."""
+
+    temperature: PositiveFloat = 1.0
+    """Logits are divided by this."""
+
+    chunk_bytes: Annotated[int, Field(ge=2**20)] = 2**26
+    """Working memory of the computation over the vocabulary, in bytes."""
+
+    entropy: bool = False
+    """Also compute the entropy at every token."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ReferenceConfig:
+    """The frozen reference model."""
+
+    placement: Literal["resident", "host"] = "resident"
+    """Where its weights wait: `resident` on the device beside the policy's; `host` in host memory, exchanged
+    with the policy's for each reference pass."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LoggingConfig:
+    """What is printed."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severity printed."""
+
+    progress: bool = True
+    """Progress bars, on a terminal only."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Config:
+    """All settings of a run."""
+
+    # Below 2**32, the range that NumPy's seeding accepts.
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1234
+    """All randomness derives from it; so do the weights when model.init is random."""
+
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    ddp: DistributedDataParallelConfig = DistributedDataParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    recompute: RecomputeConfig = RecomputeConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    log_prob: LogProbConfig = LogProbConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    logging: LoggingConfig = LoggingConfig()

@@ -1,0 +1,102 @@
+"""Prompts and responses from a JSONL file: token ids, or text with a tokenizer. Every line is checked as it is read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_flowrl.config import UserError
+from megatron_flowrl.data.batch import TokenSequence
+
+Encode = Callable[[str, bool], list[int]]  # (text, whether special tokens such as BOS are added) -> token ids
+_MOST_PROBLEMS = 10
+
+
+def read_sequences(
+    path: str | os.PathLike[str], *, vocab_size: int, max_length: int, encode: Callable[[], Encode]
+) -> list[TokenSequence]:
+    """Read `{"prompt": ..., "response": ...}` lines: lists of token ids, or text.
+
+    `encode` is called, once, to get a tokenizer when there is text. A prompt of text gets the tokenizer's special
+    tokens (BOS, where the model has one), a response none: what is scored is what was written.
+
+    A prompt has at least one token: the first response token's log-prob is conditional on what stands before it. A
+    response may be empty; its log-prob is 0. Raises UserError naming every bad line (the first ten).
+    """
+    path = Path(path)
+    reader = _LineReader(vocab_size, max_length, encode)
+    sequences, problems = [], []
+    for number, line in _lines(path):
+        try:
+            sequences.append(reader.read(line))
+        except _BadLine as error:
+            problems.append(f"{path}:{number}: {error}")
+    if not sequences and not problems:
+        raise UserError(f"{path} has no lines: give at least one {{'prompt': [...], 'response': [...]}}")
+    if problems:
+        left_out = len(problems) - _MOST_PROBLEMS
+        raise UserError(*problems[:_MOST_PROBLEMS], *([f"{path}: {left_out} more bad lines"] if left_out > 0 else []))
+    return sequences
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line
+    except FileNotFoundError:
+        raise UserError(f"input file {str(path)!r} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"input file {path} is not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise UserError(f"input file {path} cannot be read: {error.strerror}") from None
+
+
+class _BadLine(Exception):
+    pass
+
+
+class _LineReader:
+    def __init__(self, vocab_size: int, max_length: int, encode: Callable[[], Encode]) -> None:
+        self._vocab_size, self._max_length = vocab_size, max_length
+        self._make_encode = encode
+        self._encode: Encode | None = None
+
+    def read(self, line: str) -> TokenSequence:
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise _BadLine(f"not JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise _BadLine(f"a JSON {type(record).__name__}, not an object with the keys prompt and response")
+        missing = [key for key in ("prompt", "response") if key not in record]
+        if missing:
+            raise _BadLine(f"the key {' and '.join(missing)} is missing; there are {', '.join(record) or 'none'}")
+        prompt = self._tokens("prompt", record["prompt"], special=True)
+        response = self._tokens("response", record["response"], special=False)
+        if not prompt:
+            raise _BadLine("prompt is empty; give at least one token (such as BOS) for the response to follow")
+        if len(prompt) + len(response) > self._max_length:
+            raise _BadLine(
+                f"prompt + response has {len(prompt) + len(response)} tokens; the model takes {self._max_length} "
+                "(its position limit, its sliding window or model.max_sequence_length)"
+            )
+        return TokenSequence(prompt, response)
+
+    def _tokens(self, key: str, value: Any, *, special: bool) -> tuple[int, ...]:
+        if isinstance(value, str):
+            if self._encode is None:
+                self._encode = self._make_encode()
+            value = self._encode(value, special)
+        if not isinstance(value, list):
+            raise _BadLine(f"{key} is a {type(value).__name__}; give a list of token ids, or text")
+        for place, token in enumerate(value):
+            if type(token) is not int:
+                raise _BadLine(f"{key}[{place}] = {token!r} is not a token id")
+            if not 0 <= token < self._vocab_size:
+                raise _BadLine(f"{key}[{place}] = {token} is outside the vocabulary of {self._vocab_size} tokens")
+        return tuple(value)

@@ -1,0 +1,177 @@
+"""The language model: Megatron's `GPTModel`, whose last stage answers with log-probs instead of logits.
+
+`GPTModel` is built in this file only: its successor in Megatron-Core (`HybridModel`) will be a change of one file.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_flowrl.model.architecture import Architecture
+from megatron_flowrl.model.layer_specs import decoder_spec
+from megatron_flowrl.ops.linear_log_prob import linear_log_prob
+from megatron_flowrl.platform import Platform
+
+EntropyMode = Literal["none", "detached", "differentiable"]
+
+
+@dataclass(frozen=True)
+class LogProbRequest:
+    """What the last stage is asked for: the log-probs of `labels` after the tokens at `rows`.
+
+    rows int64 [N]: positions among this context-parallel rank's tokens whose hidden states predict the labels
+    (counted over all tensor-parallel ranks); labels int64 [N], in [0, vocab_size).
+    """
+
+    rows: Tensor
+    labels: Tensor
+    temperature: float
+    chunk_bytes: int
+    entropy: EntropyMode = "none"
+
+
+@dataclass(frozen=True)
+class TokenLogProbs:
+    """The last stage's answer: fp32 [N] each, in the order of the request, equal on all tensor-parallel ranks."""
+
+    log_probs: Tensor
+    entropy: Tensor | None
+
+
+class LogProbOutputLayer(tensor_parallel.ColumnParallelLinear):
+    """The vocabulary-parallel output layer, which also goes straight to log-probs.
+
+    The request is answered inside `forward`, so that the hooks Megatron hangs on this module (the wait for a gathered
+    weight under `overlap_param_gather`, above all) have run when the weight is read.
+    """
+
+    def __init__(self, *args: Any, true_vocab_size: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.true_vocab_size = true_vocab_size
+
+    def forward(
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+        request: LogProbRequest | None = None,
+    ) -> Any:
+        """Logits as in Megatron, or a TokenLogProbs for a request; input_ [tokens (/ TP), 1, hidden]."""
+        if request is None:
+            return super().forward(input_, weight, runtime_gather_output)
+        weight = self.weight if weight is None else weight
+        if self.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(
+                input_, tensor_parallel_output_grad=True, group=self.tp_group
+            )
+            hidden = hidden.squeeze(1).index_select(0, request.rows)
+        else:
+            hidden = input_.squeeze(1).index_select(0, request.rows)
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+        log_probs, entropy = linear_log_prob(
+            hidden,
+            weight,
+            request.labels,
+            temperature=request.temperature,
+            vocab_start=self.tp_group.rank() * self.output_size_per_partition,
+            vocab_size=self.true_vocab_size,
+            tp_group=self.tp_group,
+            chunk_bytes=request.chunk_bytes,
+            entropy=request.entropy,
+            accumulate_into_main_grad=getattr(weight, "main_grad", None) is not None,
+        )
+        return TokenLogProbs(log_probs, entropy)
+
+
+class LanguageModel(GPTModel):
+    """A GPT whose `labels` argument takes a LogProbRequest (and still a label tensor, or nothing for logits)."""
+
+    def __init__(self, *args: Any, true_vocab_size: int, **kwargs: Any) -> None:
+        self._true_vocab_size = true_vocab_size
+        super().__init__(*args, **kwargs)
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        """Put our output layer in place before Megatron marks and ties its weight."""
+        if self.post_process:
+            self.output_layer = LogProbOutputLayer(
+                self.config.hidden_size,
+                self.vocab_size,
+                config=self.config,
+                init_method=self.config.init_method,
+                bias=False,
+                gather_output=not self.parallel_output,
+                skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
+                tp_group=self.pg_collection.tp,
+                true_vocab_size=self._true_vocab_size,
+            )
+        super().setup_embeddings_and_output_layer()
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
+        if not (self.post_process and isinstance(labels, LogProbRequest)):
+            labels = None if isinstance(labels, LogProbRequest) else labels
+            return super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden_states, weight=weight, request=labels)
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
+    """The vocabulary rounded up to a multiple of `divisible_by` times the tensor-parallel size, as Megatron does."""
+    multiple = divisible_by * tensor_parallel_size
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def build_language_model(
+    architecture: Architecture,
+    config: TransformerConfig,
+    platform: Platform,
+    *,
+    padded_vocab: int,
+    vp_stage: int | None = None,
+) -> LanguageModel:
+    """Build this rank's part of the model; its weights are allocated, not initialised."""
+    stage = {"vp_stage": vp_stage, "ignore_virtual": vp_stage is None}
+    model = LanguageModel(
+        config=config,
+        transformer_layer_spec=decoder_spec(config, platform, vp_stage),
+        vocab_size=padded_vocab,
+        max_sequence_length=architecture.max_sequence_length,
+        pre_process=parallel_state.is_pipeline_first_stage(**stage),
+        post_process=parallel_state.is_pipeline_last_stage(**stage),
+        parallel_output=True,
+        share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=architecture.rope_theta,
+        vp_stage=vp_stage,
+        true_vocab_size=architecture.vocab_size,
+    )
+    # Megatron has one kind of scaling, with constants of its own.
+    model.rotary_pos_emb.inv_freq = torch.tensor(architecture.rope_inv_freq, device=platform.device)
+    _mark_tensor_parallel_parameters(model)
+    return model
+
+
+def _mark_tensor_parallel_parameters(model: torch.nn.Module) -> None:
+    """Say of each cut parameter how it is cut, as Megatron does only when it draws initial weights itself.
+
+    Without the mark a parameter counts as a copy, and gradient norms leave it out on all but the first rank.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, tensor_parallel.RowParallelLinear):
+            cut, dim, stride = [module.weight], 1, 1
+        elif isinstance(module, tensor_parallel.ColumnParallelLinear):
+            cut, dim, stride = [module.weight, module.bias], 0, 2 if name.endswith("linear_fc1") else 1
+        elif isinstance(module, tensor_parallel.VocabParallelEmbedding):
+            cut, dim, stride = [module.weight], 0, 1
+        else:
+            continue
+        for parameter in cut:
+            if parameter is not None and not hasattr(parameter, "tensor_model_parallel"):
+                tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, dim, stride)

@@ -1,0 +1,94 @@
+"""CUDA + NCCL + Transformer Engine, or CPU + gloo: decided once, here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from megatron_flowrl.config import Config, UserError
+from megatron_flowrl.platform import cuda_stand_in
+from megatron_flowrl.platform.libraries import Libraries, find_libraries
+
+
+@dataclass(frozen=True)
+class Platform:
+    """The device of this process and the libraries that drive it."""
+
+    device: torch.device
+    backend: str
+    libraries: Libraries
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether tensors live on a GPU."""
+        return self.device.type == "cuda"
+
+    @property
+    def gradient_accumulation_fusion(self) -> str | None:
+        """What adds weight gradients straight into the fp32 gradient buffer inside Megatron's own linear layers."""
+        return "apex" if self.is_cuda and self.libraries.fused_weight_gradient else None
+
+    @property
+    def layers(self) -> str:
+        """Whose transformer layers are used."""
+        return "transformer_engine" if self.is_cuda else "torch"
+
+    def describe(self) -> str:
+        """One line for the start of a run: which implementation of each part is active."""
+        lib = self.libraries
+        engine = f" {lib.transformer_engine}" if self.is_cuda else ""
+        adam = f"{lib.fused_adam} FusedAdam" if self.is_cuda and lib.fused_adam else "torch AdamW"
+        return (
+            f"{self.device.type} ({self.backend}), torch {lib.torch}, Megatron-Core {lib.megatron_core}, "
+            f"layers {self.layers}{engine}, optimizer {adam}, "
+            f"fused weight gradient {self.gradient_accumulation_fusion or 'off'}"
+        )
+
+
+@cache
+def current_platform(local_rank: int = 0) -> Platform:
+    """Decide the platform of this process and make Megatron-Core usable on it.
+
+    Raises UserError where a GPU is visible but Transformer Engine is not installed, or there is no GPU for this
+    local rank.
+    """
+    if torch.cuda.is_available() and not cuda_stand_in.is_installed():
+        libraries = find_libraries()
+        if libraries.transformer_engine is None:
+            raise UserError(
+                "a GPU is visible but Transformer Engine cannot be imported: pip install -e .[gpu] inside NVIDIA's "
+                "PyTorch container, or hide the GPU (CUDA_VISIBLE_DEVICES=) to run on the CPU"
+            )
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible; "
+                "start as many processes per node as there are GPUs (torchrun --nproc_per_node)"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        return Platform(device, "nccl", libraries)
+    cuda_stand_in.install()
+    return Platform(torch.device("cpu"), "gloo", find_libraries())
+
+
+def check_platform(config: Config, platform: Platform) -> None:
+    """Refuse settings that this machine cannot honour."""
+    if config.precision.fp8 is None:
+        return
+    if not platform.is_cuda:
+        raise UserError(
+            f"precision.fp8 = {config.precision.fp8!r} needs Transformer Engine on a GPU; this machine runs on the "
+            "CPU: leave precision.fp8 out (precision.dtype=bfloat16 or float32)"
+        )
+    needed = {"mxfp8": (10, 0), "blockwise": (9, 0)}.get(config.precision.fp8_recipe, (8, 9))
+    have = torch.cuda.get_device_capability(platform.device)
+    if have < needed:
+        raise UserError(
+            f"precision.fp8_recipe = {config.precision.fp8_recipe!r} needs a GPU of compute capability "
+            f"{needed[0]}.{needed[1]} or newer; this one has {have[0]}.{have[1]}"
+        )
+
+
+__all__ = ["Libraries", "Platform", "check_platform", "current_platform"]

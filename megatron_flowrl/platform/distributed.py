@@ -1,0 +1,120 @@
+"""The process group: from torchrun's environment, or of one process, and Megatron's groups inside it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_flowrl.config import ParallelConfig, UserError
+from megatron_flowrl.platform import Platform
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all, as its environment says."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    under_torchrun: bool = False
+
+
+def read_world(environment: Mapping[str, str] = os.environ) -> World:
+    """Read torchrun's variables; without any of them the world is this process.
+
+    Raises UserError where some are missing, or are not numbers that fit together.
+    """
+    given = [name for name in _TORCHRUN if name in environment]
+    if "RANK" not in given and "WORLD_SIZE" not in given:
+        return World()
+    missing = [name for name in _TORCHRUN if name not in given]
+    if missing:
+        raise UserError(
+            f"the environment sets {', '.join(given)} but not {', '.join(missing)}: start with torchrun, or unset all"
+        )
+    values = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        try:
+            values[name] = int(environment[name])
+        except ValueError:
+            raise UserError(f"environment variable {name} = {environment[name]!r} is not a whole number") from None
+    if not 0 <= values["RANK"] < values["WORLD_SIZE"]:
+        raise UserError(f"environment: RANK = {values['RANK']} is not below WORLD_SIZE = {values['WORLD_SIZE']}")
+    return World(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"], under_torchrun=True)
+
+
+def initialize_process_groups(world: World, parallel: ParallelConfig, platform: Platform, seed: int) -> None:
+    """Join the process group and make Megatron's tensor, pipeline, context and data-parallel groups.
+
+    A process group that has been joined already is kept. A rank that does not answer within
+    `distributed_timeout_minutes` ends the run.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
+    if dist.is_initialized():
+        pass
+    elif world.under_torchrun:
+        dist.init_process_group(platform.backend, timeout=timeout)
+    else:
+        dist.init_process_group(
+            platform.backend,
+            store=dist.HashStore(),  # type: ignore[attr-defined]
+            rank=0,
+            world_size=1,
+            timeout=timeout,
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+        create_gloo_process_groups=platform.is_cuda,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def destroy_process_groups() -> None:
+    """Leave all groups; safe to call when none was joined."""
+    from megatron.core import parallel_state
+
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What a rank finds wrong with the user's input inside, every rank raises: none is left waiting for another."""
+    problems: tuple[str, ...] = ()
+    try:
+        yield
+    except UserError as error:
+        problems = error.problems
+    found: list[tuple[str, ...]] = [()] * dist.get_world_size()
+    dist.all_gather_object(found, problems)
+    every = dict.fromkeys(problem for rank_problems in found for problem in rank_problems)
+    if every:
+        raise UserError(*every)
+
+
+def to_all_pipeline_stages(values: torch.Tensor) -> torch.Tensor:
+    """Broadcast what the last pipeline stage holds, in place: one collective for one flat tensor."""
+    from megatron.core import parallel_state
+
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        dist.broadcast(
+            values,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+    return values

@@ -1,0 +1,64 @@
+"""Megatron's optimizer over a trainable model: AdamW on fp32 main weights, its states cut over data-parallel ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+
+from megatron_flowrl.config import Config
+from megatron_flowrl.model.build import ParallelModel
+from megatron_flowrl.model.transformer_config import DTYPES
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step did; `grad_norm` is the global L2 norm before clipping."""
+
+    updated: bool
+    grad_norm: float
+
+
+class Optimizer:
+    """Gradients to zero, then a step: what an update needs, in one place."""
+
+    def __init__(self, model: ParallelModel, config: Config) -> None:
+        self._chunks = model.chunks
+        self._gathers_lazily = config.ddp.overlap_param_gather
+        self.megatron: MegatronOptimizer = get_megatron_optimizer(_optimizer_config(config), model.chunks)
+
+    def zero_grad(self) -> None:
+        """Empty the gradient buffers; to be called before every mini-batch."""
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+        self.megatron.zero_grad()
+
+    def step(self) -> StepResult:
+        """Clip, update, and see to it that the next forward pass, whichever it is, has the new weights.
+
+        Under `overlap_param_gather` Megatron leaves the gathering to the first forward pass after the gradient buffers
+        were emptied: a pass before that, such as one for old log-probs, would see stale weights. So they are emptied
+        here.
+        """
+        updated, grad_norm, _ = self.megatron.step()
+        if self._gathers_lazily:
+            self.zero_grad()
+        return StepResult(bool(updated), float(grad_norm) if grad_norm is not None else 0.0)
+
+
+def _optimizer_config(config: Config) -> MegatronOptimizerConfig:
+    settings, dtype = config.optimizer, config.precision.dtype
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=dtype == "bfloat16",
+        params_dtype=DTYPES[dtype],
+        use_distributed_optimizer=config.ddp.use_distributed_optimizer,
+        overlap_param_gather=config.ddp.overlap_param_gather,
+    )

@@ -1,0 +1,173 @@
+"""One pass of the model over a plan's micro-batches: a single call of Megatron's schedule, whatever the layout.
+
+Forward-only passes (reference, old log-probs, scoring) and training passes share the plan, the op and the code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_flowrl.config import LogProbConfig
+from megatron_flowrl.data.batch import PackedBatch, TokenSequence, pack_batch
+from megatron_flowrl.data.packing import PackingPlan
+from megatron_flowrl.model.gpt import EntropyMode, LogProbRequest, TokenLogProbs
+from megatron_flowrl.model.packed_sequences import packed_sequences
+from megatron_flowrl.platform.distributed import to_all_pipeline_stages
+
+# (log-probs of the micro-batch, the micro-batch) -> scalar loss, the part of the mini-batch's loss it contributes
+MicroBatchLoss = Callable[[TokenLogProbs, PackedBatch], Tensor]
+OnMicroBatch = Callable[[], None]
+
+
+def local_batches(
+    sequences: Sequence[TokenSequence], plan: PackingPlan, mini_batch: int, device: torch.device
+) -> list[PackedBatch]:
+    """The micro-batches of a mini-batch on this rank."""
+    return [
+        pack_batch(
+            sequences,
+            micro_batch,
+            cp_rank=parallel_state.get_context_parallel_rank(),
+            cp_size=parallel_state.get_context_parallel_world_size(),
+            device=device,
+        )
+        for micro_batch in plan.for_rank(mini_batch, parallel_state.get_data_parallel_rank())
+    ]
+
+
+def forward_backward(
+    model: Sequence[torch.nn.Module],
+    batches: Sequence[PackedBatch],
+    settings: LogProbConfig,
+    loss: MicroBatchLoss,
+    *,
+    entropy: EntropyMode = "none",
+    on_micro_batch: OnMicroBatch | None = None,
+) -> Tensor:
+    """Accumulate the gradients of the losses of all micro-batches, summed over them and over data-parallel ranks.
+
+    `loss` divides by the mini-batch's global number of sequences (`PackingPlan.num_sequences`) itself. Gradients are
+    in `main_grad` afterwards, reduced as far as Megatron reduces them before an optimizer step. Returns the sum of
+    the losses of this rank's micro-batches, fp32 [], on every pipeline stage.
+    """
+
+    def contribution(output: TokenLogProbs, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        value = loss(output, batch)
+        # The second is Megatron's count of tokens, which `finalize_gradients` does not divide by.
+        return value, torch.zeros((), dtype=torch.int, device=value.device), value.detach()
+
+    values = _run(model, batches, settings, entropy, contribution, forward_only=False, on_micro_batch=on_micro_batch)
+    total = torch.stack(values).sum() if values else torch.zeros((), device=batches[0].input_ids.device)
+    return to_all_pipeline_stages(total.float())
+
+
+@torch.no_grad()
+def forward_only(
+    model: Sequence[torch.nn.Module],
+    batches: Sequence[PackedBatch],
+    settings: LogProbConfig,
+    *,
+    entropy: EntropyMode = "none",
+    on_micro_batch: OnMicroBatch | None = None,
+) -> list[TokenLogProbs]:
+    """Log-probs of every micro-batch, on the last pipeline stage; an empty list on the others."""
+
+    def collect(output: TokenLogProbs, batch: PackedBatch) -> tuple[Tensor, Tensor, TokenLogProbs]:
+        nothing = torch.zeros((), device=batch.input_ids.device)
+        return nothing, nothing.int(), output
+
+    return _run(model, batches, settings, entropy, collect, forward_only=True, on_micro_batch=on_micro_batch)
+
+
+def _run(
+    model: Sequence[torch.nn.Module],
+    batches: Sequence[PackedBatch],
+    settings: LogProbConfig,
+    entropy: EntropyMode,
+    on_output: Callable[[TokenLogProbs, PackedBatch], tuple[Tensor, Tensor, Any]],
+    *,
+    forward_only: bool,
+    on_micro_batch: OnMicroBatch | None,
+) -> list[Any]:
+    cp_rank = parallel_state.get_context_parallel_rank()
+    cp_size = parallel_state.get_context_parallel_world_size()
+
+    def forward_step(iterator: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[Any, Any]:
+        batch = next(iterator)
+        request = LogProbRequest(
+            rows=batch.rows,
+            labels=batch.labels,
+            temperature=settings.temperature,
+            chunk_bytes=settings.chunk_bytes,
+            entropy=entropy,
+        )
+        output = chunk(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=None,
+            labels=request,
+            packed_seq_params=packed_sequences(batch.boundaries, cp_rank, cp_size, batch.input_ids.device),
+        )
+        if on_micro_batch is not None:
+            on_micro_batch()
+        return output, lambda result: on_output(result, batch)
+
+    results: list[Any] = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(batches) for _ in model],
+        model=list(model),
+        num_microbatches=len(batches),
+        seq_length=max(batch.input_ids.shape[1] for batch in batches) * cp_size,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    return results
+
+
+@dataclass(frozen=True)
+class ScoredTokens:
+    """Per-token results of a whole plan, on every rank: fp32 [all response tokens], sequence by sequence."""
+
+    log_probs: Tensor
+    entropy: Tensor | None
+    offsets: tuple[int, ...]  # where each sequence's response begins, and the end
+
+    def of_sequence(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Log-probs and entropies of one sequence's response tokens."""
+        part = slice(self.offsets[index], self.offsets[index + 1])
+        return self.log_probs[part], None if self.entropy is None else self.entropy[part]
+
+
+def gather_tokens(
+    sequences: Sequence[TokenSequence],
+    batches: Sequence[PackedBatch],
+    outputs: Sequence[TokenLogProbs],
+    *,
+    entropy: bool,
+) -> ScoredTokens:
+    """Bring the last stage's results to every rank, in the order of `sequences`: one sum and one broadcast.
+
+    Each response token is known to one (data, context)-parallel rank; the others add zero, which is exact.
+    """
+    offsets = [0]
+    for sequence in sequences:
+        offsets.append(offsets[-1] + len(sequence.response))
+    device = batches[0].input_ids.device
+    flat = torch.zeros((2 if entropy else 1, offsets[-1]), dtype=torch.float32, device=device)
+    for batch, output in zip(batches, outputs, strict=bool(outputs)):
+        starts = torch.tensor([offsets[i] for i in batch.sequences], dtype=torch.int64, device=device)
+        places = starts[batch.sequence_of_row] + batch.response_index
+        flat[0, places] = output.log_probs
+        if entropy and output.entropy is not None:
+            flat[1, places] = output.entropy
+    if outputs:
+        torch.distributed.all_reduce(flat, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    to_all_pipeline_stages(flat)
+    return ScoredTokens(flat[0], flat[1] if entropy else None, tuple(offsets))

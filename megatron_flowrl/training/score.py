@@ -1,0 +1,163 @@
+"""`megatron-flowrl score`: the log-prob of every response token of a file, under any parallel layout."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from megatron_flowrl.checkpoint.load import load_weights
+from megatron_flowrl.checkpoint.sources import open_source
+from megatron_flowrl.config import Config, UserError, check_config, data_parallel_size
+from megatron_flowrl.data.batch import TokenSequence
+from megatron_flowrl.data.jsonl import read_sequences
+from megatron_flowrl.data.packing import PackingPlan
+from megatron_flowrl.data.tokenizer import load_encode
+from megatron_flowrl.model.architecture import read_architecture
+from megatron_flowrl.model.build import build_parallel_model, freeze
+from megatron_flowrl.model.layout import check_layout, max_sequence_length
+from megatron_flowrl.observe.log import logger, progress
+from megatron_flowrl.platform import Platform, check_platform, current_platform
+from megatron_flowrl.platform.distributed import (
+    World,
+    destroy_process_groups,
+    initialize_process_groups,
+    together,
+)
+from megatron_flowrl.training.passes import ScoredTokens, forward_only, gather_tokens, local_batches
+from megatron_flowrl.training.plan import packing_rules, plan
+
+
+def score(config: Config, world: World, input_path: str, output_path: str) -> None:
+    """Score `input_path` (JSONL) into `output_path`: a line out for each line in, in their order.
+
+    {"log_probs": [one per response token], "log_prob": their sum, "entropy": [...] with log_prob.entropy}; a number
+    that is not finite is null. Everything the user gave is checked before the model is built; the output appears
+    whole or not at all. Raises UserError.
+    """
+    check_config(config)
+    replicas = data_parallel_size(config.parallel, world.size)
+    platform = current_platform(world.local_rank)
+    check_platform(config, platform)
+    logger.info(platform.describe())
+    initialize_process_groups(world, config.parallel, platform, config.seed)
+    try:
+        with together():
+            architecture = read_architecture(config.model.path)
+            check_layout(architecture, config)
+            _check_output(input_path, output_path)
+            source = open_source(config, architecture)
+            sequences = read_sequences(
+                input_path,
+                vocab_size=architecture.vocab_size,
+                max_length=max_sequence_length(architecture, config),
+                encode=lambda: load_encode(config.data.tokenizer or config.model.path),
+            )
+            packing = plan([len(s) for s in sequences], packing_rules(config, architecture, replicas))
+        logger.info("%s, %s", _layout(config, world, replicas), packing.describe())
+
+        model = freeze(build_parallel_model(architecture, config, platform))
+        load_weights(model.modules, architecture, source)
+        started = time.perf_counter()
+        scored = _score(model.chunks, sequences, packing, config, platform, world)
+        seconds = time.perf_counter() - started
+        with together():
+            if world.rank == 0:
+                _write(scored, output_path)
+        tokens = sum(map(len, sequences))
+        logger.info(
+            "scored %d sequences, %d tokens in %.1f s (%.0f tokens/s) into %s",
+            len(sequences), tokens, seconds, tokens / seconds, output_path,
+        )  # fmt: skip
+    finally:
+        destroy_process_groups()
+
+
+def _score(
+    chunks: Sequence[torch.nn.Module],
+    sequences: Sequence[TokenSequence],
+    packing: PackingPlan,
+    config: Config,
+    platform: Platform,
+    world: World,
+) -> ScoredTokens:
+    batches = local_batches(sequences, packing, 0, platform.device)
+    entropy = config.log_prob.entropy
+    with progress(config.logging, world.rank, len(batches) * len(chunks), "scoring") as advance:
+        outputs = forward_only(
+            chunks, batches, config.log_prob, entropy="detached" if entropy else "none", on_micro_batch=advance
+        )
+    return gather_tokens(sequences, batches, outputs, entropy=entropy)
+
+
+def _layout(config: Config, world: World, replicas: int) -> str:
+    p = config.parallel
+    chunks = f" (VPP{p.virtual_pipeline_model_parallel_size})" if p.virtual_pipeline_model_parallel_size else ""
+    sequence = " (SP)" if p.sequence_parallel else ""
+    return (
+        f"{world.size} rank{'s' * (world.size > 1)} = TP{p.tensor_model_parallel_size}{sequence} x "
+        f"PP{p.pipeline_model_parallel_size}{chunks} x CP{p.context_parallel_size} x DP{replicas}"
+    )
+
+
+def _check_output(input_path: str, output_path: str) -> None:
+    output = Path(output_path)
+    if output.is_dir():
+        raise UserError(f"--output {output_path!r} is a folder; give a file")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output_path!r}: the folder {str(output.parent)!r} does not exist; create it")
+    if not os.access(output.parent, os.W_OK):
+        raise UserError(f"--output {output_path!r}: the folder {str(output.parent)!r} cannot be written to")
+    if output.exists() and Path(input_path).exists() and output.samefile(input_path):
+        raise UserError(f"--output {output_path!r} is the input file; give another")
+
+
+def _write(scored: ScoredTokens, output_path: str) -> None:
+    unusable = 0
+    with _whole_file(Path(output_path)) as file:
+        for index in range(len(scored.offsets) - 1):
+            log_probs, entropy = scored.of_sequence(index)
+            record: dict[str, object] = {"log_probs": _finite(log_probs.tolist())}
+            total = math.fsum(log_probs.tolist()) if bool(log_probs.isfinite().all()) else None
+            record["log_prob"] = total
+            if entropy is not None:
+                record["entropy"] = _finite(entropy.tolist())
+            unusable += total is None
+            file.write(json.dumps(record) + "\n")
+    if unusable:
+        logger.warning("%d sequences have log-probs that are not finite (null in the output)", unusable)
+
+
+def _finite(values: list[float]) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in values]
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[IO[str]]:
+    """Write beside `path` and move into place at the end: nobody sees half a file."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            yield file
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        os.unlink(temporary)
+        raise UserError(f"--output {str(path)!r} cannot be written: {error.strerror}") from error
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
