@@ -39,6 +39,12 @@ class RMSNorm(torch.nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
+    def get_extra_state(self) -> None:
+        """Transformer Engine's norms have an entry for FP8 state in a checkpoint; here it is empty."""
+
+    def set_extra_state(self, state: Any) -> None:
+        """Transformer Engine's FP8 state has no use here."""
+
 
 class NormColumnParallelLinear(ColumnParallelLinear):
     """RMSNorm, then a column-parallel linear layer: the twin of `TELayerNormColumnParallelLinear`."""

@@ -78,7 +78,6 @@ def initialize_process_groups(world: World, parallel: ParallelConfig, platform: 
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
-        create_gloo_process_groups=platform.is_cuda,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 

@@ -2,7 +2,7 @@
 
 torchrun ... -m tests.distributed.layout_worker MODELS_FOLDER OUT_FOLDER [NAME ...]
 writes OUT_FOLDER/NAME.pt from rank 0:
-{"loss", "log_probs", "entropy", "grad_norm", "gradients": {Hugging Face name: full tensor}}.
+{"loss", "log_probs", "entropy", "passes_identical", "gradients": {Hugging Face name: full tensor}}.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 
 from megatron_flowrl.checkpoint.load import global_parameters, load_weights
 from megatron_flowrl.checkpoint.mapping import Shard, hugging_face_shapes, local_tensor
-from megatron_flowrl.checkpoint.sources import SafetensorsSource
+from megatron_flowrl.checkpoint.sources import open_source
 from megatron_flowrl.config import Config, check_config, data_parallel_size, load_config
 from megatron_flowrl.data.batch import PackedBatch, TokenSequence
 from megatron_flowrl.model.architecture import read_architecture
@@ -76,7 +76,7 @@ def run_layout(layout: Layout, models: Path) -> dict[str, Any] | None:
     check_layout(architecture, config)
     initialize_process_groups(world, config.parallel, platform, config.seed)
     model = build_parallel_model(architecture, config, platform)
-    load_weights(model.modules, architecture, SafetensorsSource(config.model.path, architecture))
+    load_weights(model.modules, architecture, open_source(config, architecture))
     model = wrap_for_training(model, config)
 
     sequences, order = sequences_of(layout), order_of(layout)

@@ -19,9 +19,14 @@ class Layout:
     vocabulary: tuple[int, int] = (0, 299)  # ids the sequences draw from
 
     @property
-    def baseline(self) -> tuple[str, tuple[int, int], str]:
-        """Cases that must agree share this."""
-        return self.model, self.vocabulary, self.settings.get("precision.dtype", "float32")
+    def baseline(self) -> tuple[str, tuple[int, int], str, str]:
+        """Cases that must agree share this; the first one of LAYOUTS is what the others are compared with."""
+        return (
+            self.model,
+            self.vocabulary,
+            self.settings.get("precision.dtype", "float32"),
+            self.settings.get("model.init", "pretrained"),
+        )
 
 
 def _p(**sizes: Any) -> dict[str, Any]:
@@ -37,10 +42,14 @@ def _p(**sizes: Any) -> dict[str, Any]:
     return {f"parallel.{names[key]}": value for key, value in sizes.items()}
 
 
-_FULL = {"recompute.recompute_granularity": "full", "recompute.recompute_method": "uniform"}
-_FULL["recompute.recompute_num_layers"] = 1  # type: ignore[assignment]
+_FULL: dict[str, Any] = {
+    "recompute.recompute_granularity": "full",
+    "recompute.recompute_method": "uniform",
+    "recompute.recompute_num_layers": 1,
+}
 _SELECTIVE = {"recompute.recompute_granularity": "selective"}
 _BF16 = {"precision.dtype": "bfloat16"}
+_RANDOM = {"model.init": "random"}
 _ONE_HALF = (0, 140)  # all labels in the vocabulary half of the first of two tensor-parallel ranks
 
 LAYOUTS = [
@@ -56,6 +65,7 @@ LAYOUTS = [
     Layout("one_rank_mistral", 1, "mistral"),
     Layout("one_rank_one_half", 1, vocabulary=_ONE_HALF),
     Layout("one_rank_bf16", 1, settings=_BF16),
+    Layout("one_rank_random", 1, "qwen2_tied", settings=_RANDOM),
     Layout("tp2", 2, settings=_p(tp=2)),
     Layout("tp2_sp", 2, settings=_p(tp=2, sp=True)),
     Layout("pp2", 2, settings=_p(pp=2)),
@@ -92,4 +102,5 @@ LAYOUTS = [
     Layout("cp2_dp2", 4, settings=_p(cp=2)),
     Layout("pp2_vpp2_dp2", 4, settings=_p(pp=2, vpp=2)),
     Layout("cp4", 4, settings=_p(cp=4)),
+    Layout("tp2_pp2_random", 4, "qwen2_tied", settings=_p(tp=2, pp=2) | _RANDOM),
 ]
