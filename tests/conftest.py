@@ -1,20 +1,29 @@
-"""Fixtures for every folder of tests."""
+"""What every folder of tests shares. Imports torch only where a test asks for it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-from megatron_flowrl.config import ParallelConfig
-from megatron_flowrl.platform import Platform, cuda_stand_in, current_platform
-from megatron_flowrl.platform.distributed import World, destroy_process_groups, initialize_process_groups
+if TYPE_CHECKING:
+    from megatron_flowrl.platform import Platform
+
+# On tensors this small threads only wait for one another: up to thirty times as long on a machine that others use.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="module")
 def one_rank_platform() -> Iterator[Platform]:
     """This process's platform, with Megatron's process groups of one rank; all of it is gone after the module."""
+    import torch
+
+    from megatron_flowrl.config import ParallelConfig
+    from megatron_flowrl.platform import cuda_stand_in, current_platform
+    from megatron_flowrl.platform.distributed import World, destroy_process_groups, initialize_process_groups
+
     with torch.random.fork_rng(devices=[]):  # Megatron seeds torch's generator
         try:
             platform = current_platform()

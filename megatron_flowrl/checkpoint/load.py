@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor
 
 from megatron_flowrl.checkpoint.mapping import Shard, local_tensor
@@ -29,7 +30,10 @@ def load_weights(models: Sequence[LanguageModel], architecture: Architecture, so
     """Copy each rank's slices into its parameters, in place, cast to their dtype."""
     for model in models:
         for name, parameter in global_parameters(model):
-            _fill(name, parameter, architecture, _shard(model), source)
+            if is_float8tensor(parameter):
+                _fill_quantized(name, parameter, architecture, _shard(model), source)
+            else:
+                _fill(name, parameter, architecture, _shard(model), source)
 
 
 @torch.no_grad()
@@ -44,6 +48,21 @@ def load_to_host(
             _fill(name, tensor, architecture, _shard(model), source)
             tensors.append(tensor)
     return tensors
+
+
+def _fill_quantized(
+    name: str, parameter: Tensor, architecture: Architecture, shard: Shard, source: WeightSource
+) -> None:
+    """An FP8 weight has no parts to write to: it is quantised whole, and its fp32 main weight starts unquantised.
+
+    Transformer Engine keeps the values before quantisation for the optimizer to begin from.
+    """
+    whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+    _fill(name, whole, architecture, shard, source)
+    parameter.copy_(whole.to(parameter.device))
+    unquantized = getattr(parameter, "get_high_precision_init_val", lambda: None)()
+    if unquantized is not None:
+        unquantized.copy_(whole)
 
 
 def _shard(model: LanguageModel) -> Shard:

@@ -148,6 +148,11 @@ def _reference(config: Config) -> Iterator[str]:
             "reference.placement = host does not go with precision.fp8_param_gather = true: FP8 weights are "
             "not exchanged bit for bit; set reference.placement=resident or precision.fp8_param_gather=false"
         )
+    elif config.reference.placement == "host" and config.precision.fp8 and config.precision.fp8_recipe == "delayed":
+        yield (
+            "reference.placement = host does not go with precision.fp8_recipe = delayed: the reference's passes would "
+            "enter the history that the policy's scales come from; set precision.fp8_recipe=blockwise or reference.placement=resident"
+        )
 
 
 def _idle(config: Config, reason: str, *keys: str) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cache
 
@@ -66,6 +67,9 @@ def current_platform(local_rank: int = 0) -> Platform:
                 f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible; "
                 "start as many processes per node as there are GPUs (torchrun --nproc_per_node)"
             )
+        # Before CUDA starts: up to Hopper, Megatron's overlap of tensor-parallel communication needs the order in which
+        # kernels are launched to be the order in which they run.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return Platform(device, "nccl", libraries)

@@ -58,6 +58,7 @@ def _optimizer_config(config: Config) -> MegatronOptimizerConfig:
         adam_eps=settings.adam_eps,
         clip_grad=settings.clip_grad,
         bf16=dtype == "bfloat16",
+        fp8_recipe=config.precision.fp8_recipe if config.precision.fp8 else None,
         params_dtype=DTYPES[dtype],
         use_distributed_optimizer=config.ddp.use_distributed_optimizer,
         overlap_param_gather=config.ddp.overlap_param_gather,

@@ -32,7 +32,7 @@ GRAD_OVERLAP = "ddp.overlap_grad_reduce=true"
         [HYBRID, BLOCKWISE, "precision.first_last_layers_bf16=true", "precision.num_layers_at_end_in_bf16=2"],
         [FULL, "recompute.recompute_method=uniform", "recompute.recompute_num_layers=1"],
         [SELECTIVE, "recompute.recompute_modules=[mlp]"],
-        ["reference.placement=host", HYBRID],
+        ["reference.placement=host", HYBRID, BLOCKWISE],
     ],
     ids=" ".join,
 )
@@ -100,10 +100,11 @@ BAD = [
     (["recompute.recompute_method=block"], "recompute.recompute_method = block", "full, which is null"),
     (["recompute.recompute_modules=[mlp]"], 'recompute_modules = ["mlp"]', "selective, which is null"),
     (
-        ["reference.placement=host", HYBRID, "precision.fp8_param_gather=true"],
+        ["reference.placement=host", HYBRID, BLOCKWISE, "precision.fp8_param_gather=true"],
         "reference.placement = host",
         "precision.fp8_param_gather = true",
     ),
+    (["reference.placement=host", HYBRID], "reference.placement = host", "precision.fp8_recipe = delayed"),
 ]
 
 
