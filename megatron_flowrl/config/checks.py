@@ -151,7 +151,8 @@ def _reference(config: Config) -> Iterator[str]:
     elif config.reference.placement == "host" and config.precision.fp8 and config.precision.fp8_recipe == "delayed":
         yield (
             "reference.placement = host does not go with precision.fp8_recipe = delayed: the reference's passes would "
-            "enter the history that the policy's scales come from; set precision.fp8_recipe=blockwise or reference.placement=resident"
+            "enter the history that the policy's scales come from; set precision.fp8_recipe=blockwise "
+            "or reference.placement=resident"
         )
 
 

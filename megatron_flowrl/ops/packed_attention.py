@@ -10,9 +10,10 @@ the keys and values of all: its queries are then later positions of a longer seq
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ class AttentionLayout:
 
     stacks: tuple[_Stack, ...]
     order: Tensor | None  # int64 [T]: row of the stacked outputs for each local token; None: already in order
+    side_by_side: bool  # sequences of one length, in order: nothing to gather
 
 
 def attention_layout(
@@ -49,46 +51,54 @@ def attention_layout(
     Local tokens stand sequence by sequence, each sequence's two chunks one after the other; keys are indexed by
     their global position. Lengths must be multiples of 2 * cp_size where cp_size > 1.
     """
-    pieces: list[tuple[int, int, int, int]] = []  # local start, queries, global start of keys, keys
+    pieces = [piece for piece in _pieces(cu_seqlens, cp_rank, cp_size) if piece.num_queries]
+    # Keys first: under context parallelism pieces of one chunk size see different numbers of keys.
+    longest_first = sorted(pieces, key=lambda piece: (-piece.num_keys, -piece.num_queries, piece.query_start))
+    groups: list[list[_Piece]] = []
+    for piece in longest_first:
+        if groups and _stack_together(piece, groups[-1][0]):
+            groups[-1].append(piece)
+        else:
+            groups.append([piece])
+    stacks = tuple(_stack(group, cp_size > 1, device) for group in groups)
+    stacked = [stack.queries[stack.is_real] for stack in stacks]
+    rows = torch.cat(stacked) if stacked else torch.zeros(0, dtype=torch.int64, device=device)
+    in_order = bool((rows == torch.arange(len(rows), device=device)).all())
+    side_by_side = cp_size == 1 and in_order and len(stacks) == 1 and bool(stacks[0].is_real.all())
+    return AttentionLayout(stacks, None if in_order else torch.argsort(rows), side_by_side)
+
+
+class _Piece(NamedTuple):
+    """Local queries of one sequence that follow one another, and the keys the last of them sees."""
+
+    query_start: int
+    num_queries: int
+    key_start: int
+    num_keys: int
+
+
+def _pieces(cu_seqlens: Sequence[int], cp_rank: int, cp_size: int) -> Iterator[_Piece]:
     local = 0
     for start, end in pairwise(cu_seqlens):
         if cp_size == 1:
-            pieces.append((local, end - start, start, end - start))
+            yield _Piece(local, end - start, start, end - start)
             local += end - start
             continue
         chunk = (end - start) // (2 * cp_size)
         for index in (cp_rank, 2 * cp_size - 1 - cp_rank):
-            pieces.append((local, chunk, start, chunk * (index + 1)))
+            yield _Piece(local, chunk, start, chunk * (index + 1))
             local += chunk
-    pieces = [piece for piece in pieces if piece[1]]
-    # Keys first: under context parallelism pieces of one chunk size see different numbers of keys.
-    ordered = sorted(range(len(pieces)), key=lambda i: (-pieces[i][3], -pieces[i][1], i))
-    groups: list[list[int]] = []
-    for i in ordered:
-        longest = pieces[groups[-1][0]] if groups else None
-        if longest and _stack_together(pieces[i], longest):
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    stacks = tuple(_stack([pieces[i] for i in group], cp_size > 1, device) for group in groups)
-    stacked = [stack.queries[stack.is_real] for stack in stacks]
-    rows = torch.cat(stacked) if stacked else torch.zeros(0, dtype=torch.int64, device=device)
-    in_order = bool((rows == torch.arange(len(rows), device=device)).all())
-    return AttentionLayout(stacks, None if in_order else torch.argsort(rows))
 
 
-def _stack_together(piece: tuple[int, int, int, int], longest: tuple[int, int, int, int]) -> bool:
+def _stack_together(piece: _Piece, longest: _Piece) -> bool:
     def close(length: int, reference: int) -> bool:
         return min(length, reference) >= max(length, reference) * _STACKING_SHARE - _STACKING_SLACK
 
-    return close(piece[1], longest[1]) and close(piece[3], longest[3])
+    return close(piece.num_queries, longest.num_queries) and close(piece.num_keys, longest.num_keys)
 
 
-def _stack(pieces: list[tuple[int, int, int, int]], masked: bool, device: torch.device | None) -> _Stack:
-    def column(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device).unsqueeze(1)
-
-    query_start, num_queries, key_start, num_keys = (column(list(values)) for values in zip(*pieces, strict=True))
+def _stack(pieces: list[_Piece], masked: bool, device: torch.device | None) -> _Stack:
+    query_start, num_queries, key_start, num_keys = torch.tensor(pieces, device=device).unsqueeze(2).unbind(1)
     query = torch.arange(int(num_queries.max()), device=device).unsqueeze(0)
     key = torch.arange(int(num_keys.max()), device=device).unsqueeze(0)
     mask = None
@@ -113,11 +123,9 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: Attentio
     repeat = query.shape[1] // key.shape[1]
     if repeat > 1:
         key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
-    if len(layout.stacks) == 1 and layout.order is None and layout.stacks[0].mask is None:
-        stack = layout.stacks[0]
-        if bool(stack.is_real.all()):  # nothing to gather: sequences of one length, side by side
-            shape = (*stack.queries.shape, *query.shape[1:])
-            return _attend(query.view(shape), key.view(shape), value.view(shape), None, scale).reshape(query.shape)
+    if layout.side_by_side:
+        shape = (*layout.stacks[0].queries.shape, *query.shape[1:])
+        return _attend(query.view(shape), key.view(shape), value.view(shape), None, scale).reshape(query.shape)
     outputs = []
     for stack in layout.stacks:
         # index_select, whose backward is one scatter-add, beats indexing by a 2-d tensor several times over.

@@ -161,7 +161,7 @@ def gather_tokens(
         offsets.append(offsets[-1] + len(sequence.response))
     device = batches[0].input_ids.device
     flat = torch.zeros((2 if entropy else 1, offsets[-1]), dtype=torch.float32, device=device)
-    for batch, output in zip(batches, outputs, strict=bool(outputs)):
+    for batch, output in zip(batches, outputs, strict=False):  # there are no outputs but on the last stage
         starts = torch.tensor([offsets[i] for i in batch.sequences], dtype=torch.int64, device=device)
         places = starts[batch.sequence_of_row] + batch.response_index
         flat[0, places] = output.log_probs
