@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_flowrl.model.torch_layers import NormColumnParallelLinear, PackedAttention, RMSNorm
+from megatron_flowrl.model.torch_layers import NormColumnParallelLinear, PackedAttention, RMSNorm, SwiGLU
 from megatron_flowrl.platform import Platform
 
 
@@ -38,7 +38,7 @@ def _torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
         q_layernorm=head_norm,
         k_layernorm=head_norm,
     )
-    mlp = MLPSubmodules(linear_fc1=NormColumnParallelLinear, linear_fc2=RowParallelLinear)
+    mlp = MLPSubmodules(linear_fc1=NormColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

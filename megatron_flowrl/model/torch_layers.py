@@ -10,7 +10,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from megatron_flowrl.model.packed_sequences import PackedSequences
 from megatron_flowrl.ops.packed_attention import packed_attention
+from megatron_flowrl.ops.row_wise import rms_norm, swiglu
 
 
 def _norm_weight(size: int, config: TransformerConfig) -> torch.nn.Parameter:
@@ -37,7 +37,7 @@ class RMSNorm(torch.nn.Module):
         self.weight = _norm_weight(hidden_size, config)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+        return rms_norm(hidden, self.weight, self.eps)
 
     def get_extra_state(self) -> None:
         """Transformer Engine's norms have an entry for FP8 state in a checkpoint; here it is empty."""
@@ -54,9 +54,22 @@ class NormColumnParallelLinear(ColumnParallelLinear):
         self.layer_norm_weight = _norm_weight(input_size, config)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        weight = self.layer_norm_weight
-        normed = F.rms_norm(input_, weight.shape, weight, self.config.layernorm_epsilon)
+        normed = rms_norm(input_, self.layer_norm_weight, self.config.layernorm_epsilon)
         return super().forward(normed, *args, **kwargs)
+
+
+class SwiGLU(torch.nn.Module):
+    """The activation of the gated feed-forward layer, through the hook Megatron has for Transformer Engine's."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+
+    def forward(self, gate_and_up: Tensor) -> Tensor:
+        return swiglu(gate_and_up)
+
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Megatron asks every module of a feed-forward layer; this one has nothing to save."""
+        return {}
 
 
 class PackedAttention(torch.nn.Module):

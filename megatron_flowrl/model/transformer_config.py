@@ -110,6 +110,7 @@ def _platform(config: Config, platform: Platform) -> dict[str, Any]:
         "masked_softmax_fusion": False,  # the mask is in the packed attention
         "persist_layer_norm": fused,
         "apply_rope_fusion": fused,
+        "use_te_activation_func": not fused,  # our SwiGLU, where the layer spec names it
     }
     if config.parallel.context_parallel_size > 1:
         settings["cp_comm_type"] = "p2p"

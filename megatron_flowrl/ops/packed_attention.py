@@ -22,6 +22,8 @@ from torch import Tensor
 # Sequences share a stack while the shortest is at least this share of the longest (or within a few tokens of it).
 _STACKING_SHARE = 0.8
 _STACKING_SLACK = 8
+# From this mean length on a sequence keeps the processor busy alone, and stacking would only pad.
+_LONG = 128
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class AttentionLayout:
 
     stacks: tuple[_Stack, ...]
     order: Tensor | None  # int64 [T]: row of the stacked outputs for each local token; None: already in order
-    side_by_side: bool  # sequences of one length, in order: nothing to gather
+    lengths: tuple[int, ...] | None  # of sequences that need no stack: all of one length, or long enough each
 
 
 def attention_layout(
@@ -51,6 +53,10 @@ def attention_layout(
     Local tokens stand sequence by sequence, each sequence's two chunks one after the other; keys are indexed by
     their global position. Lengths must be multiples of 2 * cp_size where cp_size > 1.
     """
+    if cp_size == 1:
+        lengths = tuple(end - start for start, end in pairwise(cu_seqlens) if end > start)
+        if len(set(lengths)) == 1 or sum(lengths) >= _LONG * len(lengths) > 0:
+            return AttentionLayout((), None, lengths)
     pieces = [piece for piece in _pieces(cu_seqlens, cp_rank, cp_size) if piece.num_queries]
     # Keys first: under context parallelism pieces of one chunk size see different numbers of keys.
     longest_first = sorted(pieces, key=lambda piece: (-piece.num_keys, -piece.num_queries, piece.query_start))
@@ -64,8 +70,7 @@ def attention_layout(
     stacked = [stack.queries[stack.is_real] for stack in stacks]
     rows = torch.cat(stacked) if stacked else torch.zeros(0, dtype=torch.int64, device=device)
     in_order = bool((rows == torch.arange(len(rows), device=device)).all())
-    side_by_side = cp_size == 1 and in_order and len(stacks) == 1 and bool(stacks[0].is_real.all())
-    return AttentionLayout(stacks, None if in_order else torch.argsort(rows), side_by_side)
+    return AttentionLayout(stacks, None if in_order else torch.argsort(rows), None)
 
 
 class _Piece(NamedTuple):
@@ -120,12 +125,12 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: Attentio
     query [T, heads, d]; key, value [T_keys, groups, d], groups dividing heads (T_keys = T without context
     parallelism, else the tokens of all ranks in global order); scale multiplies the scores. Returns [T, heads, d].
     """
-    repeat = query.shape[1] // key.shape[1]
-    if repeat > 1:
-        key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
-    if layout.side_by_side:
-        shape = (*layout.stacks[0].queries.shape, *query.shape[1:])
-        return _attend(query.view(shape), key.view(shape), value.view(shape), None, scale).reshape(query.shape)
+    if layout.lengths is not None and len(set(layout.lengths)) == 1:
+        q, k, v = (tensor.view(-1, layout.lengths[0], *tensor.shape[1:]) for tensor in (query, key, value))
+        return _attend(q, k, v, None, scale).reshape(query.shape)
+    if layout.lengths is not None:
+        parts = zip(*(tensor.unsqueeze(0).split(layout.lengths, dim=1) for tensor in (query, key, value)), strict=True)
+        return torch.cat([_attend(q, k, v, None, scale) for q, k, v in parts], dim=1).squeeze(0)
     outputs = []
     for stack in layout.stacks:
         # index_select, whose backward is one scatter-add, beats indexing by a 2-d tensor several times over.
@@ -148,5 +153,6 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
         attn_mask=mask,
         is_causal=mask is None,
         scale=scale,
+        enable_gqa=query.shape[2] != key.shape[2],
     )
     return output.transpose(1, 2)

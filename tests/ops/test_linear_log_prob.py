@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -309,6 +310,17 @@ def test_main_grad_under_megatron(
     assert fused.grad is None and fused.grad_added_to_main_grad and fused.main_grad.dtype == main_grad
     assert plain.grad is not None
     assert_close([fused.main_grad], [plain.grad + 1], tolerance)
+
+
+@pytest.mark.parametrize("chunk_bytes", CHUNKS)
+def test_gradients_are_rounded_once(monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
+    """With exact products, gradients in bf16 are off by one rounding, however many tiles they are summed over."""
+    monkeypatch.setattr(Matmul, "precision", lambda self: nullcontext())
+    hidden, weight, labels = inputs(torch.bfloat16, tokens=300)
+    actual = results(linear_log_prob, hidden, weight, labels, chunk_bytes=chunk_bytes)
+    expected = results(plain_log_prob, hidden.double(), weight.double(), labels)
+    for gradient in (1, 2):
+        torch.testing.assert_close(actual[gradient].double(), expected[gradient], rtol=2**-8, atol=1e-4)
 
 
 def test_main_grad_without_the_flag_of_ddp() -> None:
