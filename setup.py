@@ -23,7 +23,7 @@ setup(
         "pydantic>=2.11",
         "PyYAML>=6.0",
         "safetensors>=0.5",
-        "torch>=2.8",
+        "torch>=2.9",
         "tqdm",
         "transformers>=5.16,<5.20",
     ],

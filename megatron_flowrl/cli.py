@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from megatron_flowrl import __version__
-from megatron_flowrl.config import UserError, format_help, load_config
+from megatron_flowrl.config import SharedUserError, UserError, format_help, load_config
 from megatron_flowrl.observe.log import configure_logging
 
 _SCORE = """Log-probs of the response tokens in a JSONL file, under any parallel layout.
@@ -37,20 +38,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parser.parse_args(arguments)
     try:
         _COMMANDS[parsed.command](parsed.rest)
-    except UserError as error:
-        if _speaks():
-            print(f"megatron-flowrl: error: {error}", file=sys.stderr)
+    except SharedUserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node
+            _print(error)
         sys.exit(2)
+    except UserError as error:
+        _print(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("megatron-flowrl: interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
 
 
-def _speaks() -> bool:
-    """One message a node: the other ranks met the same problem."""
-    from megatron_flowrl.platform.distributed import read_world
-
-    try:
-        return read_world().local_rank == 0
-    except UserError:
-        return True
+def _print(error: UserError) -> None:
+    print(f"megatron-flowrl: error: {error}", file=sys.stderr)
 
 
 def _score(arguments: Sequence[str]) -> None:
@@ -61,11 +62,11 @@ def _score(arguments: Sequence[str]) -> None:
     parser.epilog = "settings:\n\n" + format_help(_SCORE_SECTIONS)
     given = parser.parse_intermixed_args(arguments)
     overrides = [*given.overrides, *([f"model.path={json.dumps(given.model)}"] if given.model is not None else [])]
-    config = load_config(given.recipe, overrides, _SCORE_SECTIONS, "score")
-
-    from megatron_flowrl.platform.distributed import read_world
+    from megatron_flowrl.platform.distributed import alike, read_world
 
     world = read_world()
+    with alike():
+        config = load_config(given.recipe, overrides, _SCORE_SECTIONS, "score")
     configure_logging(config.logging, world.rank)
     from megatron_flowrl.training.score import score  # Megatron, which talks while it loads, only now
 
@@ -77,6 +78,7 @@ def _command_parser(name: str, description: str) -> argparse.ArgumentParser:
         prog=f"megatron-flowrl {name}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, over the recipe's")
     parser.add_argument("--recipe", metavar="FILE", help="YAML file of settings")

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 # On tensors this small threads only wait for one another: up to thirty times as long on a machine that others use.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# These are the CPU's tests, also on a machine with a GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="module")

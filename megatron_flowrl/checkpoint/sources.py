@@ -16,6 +16,8 @@ from megatron_flowrl.checkpoint.mapping import Slice, hugging_face_shapes
 from megatron_flowrl.config import Config, UserError
 from megatron_flowrl.model.architecture import Architecture
 
+_DTYPES = ("BF16", "F16", "F32", "F64")
+_NAMES = {"I64": "int64", "I32": "int32", "I8": "int8", "U8": "uint8", "F8_E4M3": "float8_e4m3fn"}
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -50,7 +52,10 @@ class SafetensorsSource:
         index, single = self._folder / _INDEX, self._folder / _SINGLE
         if index.is_file():
             try:
-                return dict(json.loads(index.read_text())["weight_map"])
+                file_of = dict(json.loads(index.read_text())["weight_map"])
+                if not all(isinstance(file, str) for file in file_of.values()):
+                    raise ValueError("weight_map must give the name of a file for every tensor")
+                return file_of
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{index} is not a safetensors index: {error!r}") from error
         if single.is_file():
@@ -78,9 +83,18 @@ class SafetensorsSource:
             file = self._files[self._file_of[name]]
             if name not in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 problems.append(f"{name} is not in {self._file_of[name]}, where the index places it")
-            elif tuple(file.get_slice(name).get_shape()) != shape:
-                found = tuple(file.get_slice(name).get_shape())
-                problems.append(f"{name} has shape {found}, config.json says {shape}")
+                continue
+            found, dtype = tuple(file.get_slice(name).get_shape()), file.get_slice(name).get_dtype()
+            where = f"{name} in {self._file_of[name]}"
+            if found != shape:
+                problems.append(f"{where} has shape {found}, config.json says {shape}")
+            elif dtype not in _DTYPES:
+                problems.append(f"{where} is {_NAMES.get(dtype, dtype)}: quantised weights are not supported")
+        expected = hugging_face_shapes(architecture).keys()
+        for name in sorted(self._file_of.keys() - expected):
+            # A tied head may be stored beside the embedding; older checkpoints store what RoPE computes.
+            if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
+                problems.append(f"{name} is in the files, but not in the model that config.json describes")
         if problems:
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
             raise UserError(f"weights in {self._folder} do not fit: {'; '.join(problems[:5])}{more}")

@@ -4,7 +4,7 @@ Imports neither torch nor Megatron.
 """
 
 from .checks import check_config, data_parallel_size
-from .errors import UserError
+from .errors import SharedUserError, UserError
 from .help import format_help
 from .load import load_config, to_dict, to_yaml
 from .schema import (
@@ -33,6 +33,7 @@ __all__ = [
     "PrecisionConfig",
     "RecomputeConfig",
     "ReferenceConfig",
+    "SharedUserError",
     "UserError",
     "check_config",
     "data_parallel_size",

@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend."""
+"""The errors that are the user's to mend."""
 
 
 class UserError(Exception):
@@ -16,3 +16,7 @@ class UserError(Exception):
         if len(self.problems) == 1:
             return self.problems[0]
         return "\n".join([f"{len(self.problems)} problems:", *(f"- {problem}" for problem in self.problems)])
+
+
+class SharedUserError(UserError):
+    """A problem that every rank has met or been told of: one of them says it."""

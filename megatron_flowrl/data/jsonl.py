@@ -42,18 +42,22 @@ def read_sequences(
     return sequences
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
+            blank: list[tuple[int, bytes]] = []
             for number, line in enumerate(file, start=1):
                 if line.strip():
+                    yield from blank
+                    blank.clear()
                     yield number, line
+                else:  # at the end of a file it does no harm; elsewhere lines out would not match lines in
+                    blank.append((number, line))
     except FileNotFoundError:
         raise UserError(f"input file {str(path)!r} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"input file {path} is not UTF-8 text: {error}") from None
-    except OSError as error:
-        raise UserError(f"input file {path} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"input file {str(path)!r} cannot be read: {reason}") from None
 
 
 class _BadLine(Exception):
@@ -66,10 +70,14 @@ class _LineReader:
         self._make_encode = encode
         self._encode: Encode | None = None
 
-    def read(self, line: str) -> TokenSequence:
+    def read(self, line: bytes) -> TokenSequence:
+        if not line.strip():
+            raise _BadLine("an empty line; every line in is a line out: leave it out")
         try:
-            record = json.loads(line)
-        except ValueError as error:
+            record = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise _BadLine(f"is not UTF-8 text ({error})") from None
+        except (ValueError, RecursionError) as error:
             raise _BadLine(f"not JSON ({error})") from None
         if not isinstance(record, dict):
             raise _BadLine(f"a JSON {type(record).__name__}, not an object with the keys prompt and response")
@@ -91,12 +99,20 @@ class _LineReader:
         if isinstance(value, str):
             if self._encode is None:
                 self._encode = self._make_encode()
-            value = self._encode(value, special)
+            try:
+                value = self._encode(value, special)
+            except Exception as error:  # a tokenizer may raise anything; it is about this text
+                raise _BadLine(f"{key} = {_short(value)} cannot be tokenized ({_short(error)})") from error
         if not isinstance(value, list):
             raise _BadLine(f"{key} is a {type(value).__name__}; give a list of token ids, or text")
         for place, token in enumerate(value):
             if type(token) is not int:
-                raise _BadLine(f"{key}[{place}] = {token!r} is not a token id")
+                raise _BadLine(f"{key}[{place}] = {_short(token)} is not a token id")
             if not 0 <= token < self._vocab_size:
                 raise _BadLine(f"{key}[{place}] = {token} is outside the vocabulary of {self._vocab_size} tokens")
         return tuple(value)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

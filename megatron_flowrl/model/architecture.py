@@ -64,7 +64,7 @@ def read_architecture(folder: str | os.PathLike[str]) -> Architecture:
     try:
         hf = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises a dozen kinds, all of them about this file
-        reason = str(error).strip().split("\n", 1)[0]
+        reason = " ".join(str(error).split())[:500]
         raise UserError(f"{path} cannot be read as a model configuration: {reason}") from error
     return architecture_of(hf, where=str(path))
 
@@ -89,7 +89,7 @@ def architecture_of(hf: transformers.PretrainedConfig, where: str = "config.json
         qkv_bias=hf.model_type == "qwen2",
         qk_norm=hf.model_type == "qwen3",
         tie_word_embeddings=bool(hf.tie_word_embeddings),
-        max_sequence_length=min(hf.max_position_embeddings, window or hf.max_position_embeddings),
+        max_sequence_length=min(hf.max_position_embeddings, hf.max_position_embeddings if window is None else window),
         initializer_range=hf.initializer_range,
         rope_theta=float(hf.rope_parameters["rope_theta"]),
         rope_inv_freq=_rope_inv_freq(hf, head_dim),
@@ -117,6 +117,9 @@ def _unsupported(hf: transformers.PretrainedConfig) -> list[str]:
     ]
     if problems:
         return problems
+    if getattr(hf, "quantization_config", None) is not None:
+        problems.append("quantization_config: quantised weights are not supported; give the bf16 or fp32 checkpoint")
+    problems += _unsupported_numbers(hf)
     if hf.num_attention_heads % hf.num_key_value_heads:
         heads, groups = hf.num_attention_heads, hf.num_key_value_heads
         problems.append(f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {groups}")
@@ -130,13 +133,40 @@ def _unsupported(hf: transformers.PretrainedConfig) -> list[str]:
             problems.append(f"{key} = true is not supported")
     if getattr(hf, "attention_dropout", 0.0):
         problems.append(f"attention_dropout = {hf.attention_dropout} is not supported: set it to 0")
-    rope_type = (hf.rope_parameters or {}).get("rope_type", "default")
-    if rope_type not in _ROPE_TYPES:
+    return problems + _unsupported_rope(hf.rope_parameters or {})
+
+
+def _unsupported_rope(rope: dict[str, Any]) -> list[str]:
+    problems = []
+    if rope.get("rope_type", "default") not in _ROPE_TYPES:
         allowed = ", ".join(_ROPE_TYPES)
-        problems.append(f"rope_type {rope_type!r} is not supported; supported are {allowed}")
-    if (hf.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
-        problems.append(f"partial_rotary_factor = {hf.rope_parameters['partial_rotary_factor']} is not supported")
+        problems.append(f"rope_type {rope['rope_type']!r} is not supported; supported are {allowed}")
+    for key in ("rope_theta", "factor"):
+        if (key == "rope_theta" or key in rope) and not _is_positive(rope.get(key)):
+            problems.append(f"{key} = {rope.get(key)!r} must be a number above 0")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        problems.append(f"partial_rotary_factor = {rope['partial_rotary_factor']} is not supported")
     return problems
+
+
+def _unsupported_numbers(hf: transformers.PretrainedConfig) -> list[str]:
+    problems = [
+        f"{key} = {getattr(hf, key)!r} must be a number above 0"
+        for key in ("rms_norm_eps", "initializer_range")
+        if not _is_positive(getattr(hf, key))
+    ]
+    if _uses_sliding_window(hf) and (type(hf.sliding_window) is not int or hf.sliding_window < 1):
+        problems.append(f"sliding_window = {hf.sliding_window!r} must be a whole number above 0")
+    head_dim = getattr(hf, "head_dim", None)
+    if head_dim is None:
+        head_dim = hf.hidden_size // hf.num_attention_heads
+    if type(head_dim) is not int or head_dim <= 0 or head_dim % 2:
+        problems.append(f"head_dim = {head_dim!r} must be an even whole number above 0: RoPE turns pairs")
+    return problems
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _uses_sliding_window(hf: transformers.PretrainedConfig) -> bool:

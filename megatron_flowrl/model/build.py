@@ -28,11 +28,6 @@ class ParallelModel:
     modules: list[LanguageModel]
     chunks: list[Any]
 
-    @property
-    def is_trainable(self) -> bool:
-        """Whether the chunks are wrapped for training."""
-        return isinstance(self.chunks[0], DistributedDataParallel)
-
 
 def build_parallel_model(architecture: Architecture, config: Config, platform: Platform) -> ParallelModel:
     """Allocate this rank's chunks; weights come with `load_weights`, training with `wrap_for_training`.
@@ -60,6 +55,8 @@ def freeze(model: ParallelModel) -> ParallelModel:
     for module in model.modules:
         module.requires_grad_(False)
         module.eval()
+        for parameter in module.parameters():  # Transformer Engine keeps FP8 weights unquantised for an optimizer
+            getattr(parameter, "clear_high_precision_init_val", lambda: None)()
     return model
 
 
@@ -71,6 +68,7 @@ def wrap_for_training(model: ParallelModel, config: Config) -> ParallelModel:
             settings,
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
+                check_for_nan_in_grad=True,  # Megatron would step on: no number compares with a NaN norm
                 overlap_grad_reduce=ddp.overlap_grad_reduce,
                 overlap_param_gather=ddp.overlap_param_gather,
                 use_distributed_optimizer=ddp.use_distributed_optimizer,

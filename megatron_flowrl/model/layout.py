@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_flowrl.config import Config, UserError
+from megatron_flowrl.config import Config, ParallelConfig, PrecisionConfig, UserError
 from megatron_flowrl.model.architecture import Architecture
 
 
 def check_layout(architecture: Architecture, config: Config) -> None:
     """Refuse a layout that does not fit the model. Raises UserError with every problem found."""
-    problems = [*_tensor_parallel(architecture, config), *_pipeline(architecture, config), *_rest(architecture, config)]
+    problems = [*_tensor_parallel(architecture, config), *_pipeline(architecture, config)]
+    if not problems:
+        problems += _rest(architecture, config)
     if problems:
         raise UserError(*problems)
 
@@ -18,6 +20,11 @@ def check_layout(architecture: Architecture, config: Config) -> None:
 def max_sequence_length(architecture: Architecture, config: Config) -> int:
     """The longest sequence accepted, in tokens."""
     return config.model.max_sequence_length or architecture.max_sequence_length
+
+
+def fp8_multiple(precision: PrecisionConfig) -> int:
+    """What FP8 wants the sides of a matrix product to be a multiple of (Megatron's `get_fp8_align_size`); 1 without."""
+    return 1 if precision.fp8 is None else 32 if precision.fp8_recipe == "mxfp8" else 16
 
 
 def _tensor_parallel(architecture: Architecture, config: Config) -> Iterator[str]:
@@ -69,10 +76,26 @@ def _pipeline(architecture: Architecture, config: Config) -> Iterator[str]:
         )
 
 
+def _layers_of_chunks(layers: int, parallel: ParallelConfig) -> list[int]:
+    """Layers of the model chunks of every pipeline stage, for a split that `_pipeline` finds nothing wrong with."""
+    first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    ends = [count for count in (first, last) if count is not None]
+    inner = stages - len(ends)
+    counts = ends + [(layers - sum(ends)) // inner] * min(inner, 1) if inner else ends
+    return [count // chunks for count in counts]
+
+
 def _rest(architecture: Architecture, config: Config) -> Iterator[str]:
     recompute, precision, layers = config.recompute, config.precision, architecture.num_layers
-    if recompute.recompute_num_layers and recompute.recompute_num_layers > layers:
-        yield f"recompute.recompute_num_layers = {recompute.recompute_num_layers} is above the model's {layers} layers"
+    unit, chunks = recompute.recompute_num_layers, _layers_of_chunks(layers, config.parallel)
+    if unit and unit > max(chunks):
+        yield f"recompute.recompute_num_layers = {unit} is above the {max(chunks)} layers of a pipeline stage's chunk"
+    elif unit and recompute.recompute_method == "uniform" and any(count % unit for count in chunks):
+        yield (
+            f"recompute.recompute_num_layers = {unit} must divide the layers of every chunk for recompute_method = "
+            f"uniform; chunks have {', '.join(map(str, sorted(set(chunks))))}"
+        )
     if precision.first_last_layers_bf16:
         kept = precision.num_layers_at_start_in_bf16 + precision.num_layers_at_end_in_bf16
         if kept > layers:
@@ -80,6 +103,10 @@ def _rest(architecture: Architecture, config: Config) -> Iterator[str]:
                 f"precision.num_layers_at_start_in_bf16 + num_layers_at_end_in_bf16 = {kept} is above the model's "
                 f"{layers} layers"
             )
+        most = layers // config.parallel.pipeline_model_parallel_size
+        for key in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+            if getattr(precision, key) > most:
+                yield f"precision.{key} = {getattr(precision, key)} is above the {most} layers of a pipeline stage"
     wanted, limit = config.model.max_sequence_length, architecture.max_sequence_length
     if wanted and wanted > limit:
         yield (
@@ -87,11 +114,16 @@ def _rest(architecture: Architecture, config: Config) -> Iterator[str]:
             "(position limit or sliding window)"
         )
     if precision.fp8:
-        size = config.parallel.tensor_model_parallel_size
+        size, multiple = config.parallel.tensor_model_parallel_size, fp8_multiple(config.precision)
+        heads = architecture.num_attention_heads + 2 * architecture.num_query_groups
         for key, width in (
+            ("query, key and value width / TP", heads * architecture.head_dim // size),
             ("hidden_size", architecture.hidden_size),
             ("intermediate_size / TP", architecture.ffn_hidden_size // size),
             ("attention width / TP", architecture.num_attention_heads * architecture.head_dim // size),
         ):
-            if width % 16:
-                yield f"precision.fp8 = {precision.fp8}: {key} = {width} must be a multiple of 16 for FP8 products"
+            if width % multiple:
+                yield (
+                    f"precision.fp8 = {precision.fp8} ({precision.fp8_recipe}): {key} = {width} must be a multiple of "
+                    f"{multiple} for FP8 products"
+                )

@@ -17,7 +17,7 @@ from megatron_flowrl.ops.packed_attention import AttentionLayout, attention_layo
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's packed-sequence parameters, and what our own attention derives from them once a micro-batch.
+    """Megatron's packed-sequence parameters, and what our own attention derives from them once a model chunk.
 
     Alignment padding at the end of a sequence counts as part of it: it lies behind every real token, so causal
     attention never reaches it, and every attention back end of Transformer Engine takes such input.

@@ -379,9 +379,11 @@ _Buffers = dict[str, tuple[str, torch.dtype]]
 
 # Each block of rows reads and casts the whole weight: with this many rows that is little beside the products.
 _MAX_ROWS = 4096
-# Wider tiles are no faster. Narrower ones would read the buffers of a block of rows too often.
-_MAX_COLUMNS = 2048
+# Narrower tiles would read the buffers of a block of rows too often.
 _MIN_COLUMNS = 256
+# On a CPU wider tiles are slower, for they leave its cache; on a GPU a tile has to outlast the launch of its kernels.
+_MAX_COLUMNS_ON_CPU = 512
+_MAX_COLUMNS = 8192
 _COLUMN_MULTIPLE = 64
 # Room for the smallest tile with all the buffers there are. Checked in the forward pass for the backward pass.
 _CHUNK_BYTES_PER_HIDDEN = 32
@@ -414,6 +416,7 @@ class _Tiles:
         block_rows, tile_columns = tile_shape(
             tokens,
             vocabulary,
+            max_columns=_MAX_COLUMNS_ON_CPU if hidden.device.type == "cpu" else _MAX_COLUMNS,
             row_bytes=row * hidden_size,
             column_bytes=column * hidden_size,
             cell_bytes=cell,
@@ -466,18 +469,25 @@ class _Tiles:
 
 
 def tile_shape(
-    tokens: int, vocabulary: int, *, row_bytes: int, column_bytes: int, cell_bytes: int, chunk_bytes: int
+    tokens: int,
+    vocabulary: int,
+    *,
+    max_columns: int,
+    row_bytes: int,
+    column_bytes: int,
+    cell_bytes: int,
+    chunk_bytes: int,
 ) -> tuple[int, int]:
     """Rows and columns of a tile with rows * row_bytes + columns * column_bytes + cells * cell_bytes <= chunk_bytes.
 
-    As many rows as possible, while there is room for some columns; then as many columns as possible. At least one of
-    each, also for no tokens or no ids. `chunk_bytes` must be twice what a tile of one cell takes, or more.
+    As many rows as possible, while there is room for some columns; then as many columns as possible and useful. At least
+    one of each, also for no tokens or no ids. `chunk_bytes` must be twice what a tile of one cell takes, or more.
     """
     assert chunk_bytes >= 2 * (row_bytes + column_bytes + cell_bytes)
     some_columns = max(1, min(_MIN_COLUMNS, vocabulary, chunk_bytes // 2 // (column_bytes + cell_bytes)))
     most_rows = (chunk_bytes - some_columns * column_bytes) // (row_bytes + some_columns * cell_bytes)
     rows = _even_step(tokens, min(_MAX_ROWS, most_rows))
-    most_columns = min(_MAX_COLUMNS, (chunk_bytes - rows * row_bytes) // (column_bytes + rows * cell_bytes))
+    most_columns = min(max_columns, (chunk_bytes - rows * row_bytes) // (column_bytes + rows * cell_bytes))
     if most_columns > _COLUMN_MULTIPLE:
         most_columns -= most_columns % _COLUMN_MULTIPLE
     return rows, max(1, min(vocabulary, most_columns))

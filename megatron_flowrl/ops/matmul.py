@@ -60,6 +60,9 @@ class Matmul:
     @contextmanager
     def precision(self) -> Iterator[None]:
         """Inside, products are as precise as this module says: sets, and restores, a process-wide switch of torch."""
+        if self.device.type == "cuda" and self.model_dtype != torch.float32:
+            yield  # the switch is about fp32 factors only
+            return
         backends: Any = torch.backends
         switch = backends.cuda.matmul if self.device.type == "cuda" else backends.mkldnn.matmul
         factors_are_widened = self.factor_dtype != self.model_dtype

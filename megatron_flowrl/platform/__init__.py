@@ -72,6 +72,7 @@ def current_platform(local_rank: int = 0) -> Platform:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("highest")  # fp32 means fp32: containers may switch TF32 on
         return Platform(device, "nccl", libraries)
     cuda_stand_in.install()
     return Platform(torch.device("cpu"), "gloo", find_libraries())
@@ -79,6 +80,11 @@ def current_platform(local_rank: int = 0) -> Platform:
 
 def check_platform(config: Config, platform: Platform) -> None:
     """Refuse settings that this machine cannot honour."""
+    if platform.is_cuda and config.precision.dtype == "float32" and config.parallel.context_parallel_size > 1:
+        raise UserError(
+            "precision.dtype = float32 does not go with parallel.context_parallel_size > 1 on a GPU: Transformer "
+            "Engine has no such attention; set precision.dtype=bfloat16 or parallel.context_parallel_size=1"
+        )
     if config.precision.fp8 is None:
         return
     if not platform.is_cuda:

@@ -12,12 +12,13 @@ What is replaced, and why:
 3. The name `torch` *inside the Megatron modules that write `device="cuda"`* (`_MODULES_NAMING_CUDA`): a view of
    torch whose factory functions read "cuda" as "cpu". torch itself is left alone for everybody else.
 4. `megatron.core.tensor_parallel.random._get/_set_cuda_rng_state`: the CPU generator.
-5. `megatron.core.jit.jit_fuser`: no compilation, which on a CPU costs minutes and gains nothing.
+5. `megatron.core.jit.jit_fuser`: what Megatron imports from here on is not compiled, which on a CPU costs minutes and
+   gains nothing. (The fusions are off on a CPU: none that was imported before is called.)
 6. `Tensor.type()`, only while an optimizer of Megatron is being built or clips gradients: it compares the name of
    a tensor's type with "torch.cuda.FloatTensor".
 
 `install()` refuses to run beside a GPU, may be called twice, and `uninstall()` puts everything back. vLLM must never
-see any of this: its workers are other processes, and nothing here reaches a child process.
+see any of this: its workers are other processes, and nothing here reaches a process that is spawned.
 """
 
 from __future__ import annotations
@@ -191,6 +192,14 @@ def install() -> None:
         raise RuntimeError("a GPU is visible: Megatron's CUDA calls must not be answered on the CPU")
     if is_installed():
         return
+    try:
+        _replace_all()
+    except BaseException:
+        uninstall()
+        raise
+
+
+def _replace_all() -> None:
     for name, value in _TORCH_CUDA.items():
         _replace(torch.cuda, name, value)
     _replace(torch.Tensor, "cuda", lambda self, *_, **__: self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_flowrl.config import ParallelConfig, UserError
+from megatron_flowrl.config import ParallelConfig, SharedUserError, UserError
 from megatron_flowrl.platform import Platform
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -48,6 +49,10 @@ def read_world(environment: Mapping[str, str] = os.environ) -> World:
             raise UserError(f"environment variable {name} = {environment[name]!r} is not a whole number") from None
     if not 0 <= values["RANK"] < values["WORLD_SIZE"]:
         raise UserError(f"environment: RANK = {values['RANK']} is not below WORLD_SIZE = {values['WORLD_SIZE']}")
+    if not 0 <= values["LOCAL_RANK"] < values["WORLD_SIZE"]:
+        raise UserError(
+            f"environment: LOCAL_RANK = {values['LOCAL_RANK']} is not below WORLD_SIZE = {values['WORLD_SIZE']}"
+        )
     return World(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"], under_torchrun=True)
 
 
@@ -93,7 +98,10 @@ def destroy_process_groups() -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What a rank finds wrong with the user's input inside, every rank raises: none is left waiting for another."""
+    """What a rank finds wrong with the user's input inside, every rank raises: none is left waiting for another.
+
+    No collective may stand inside: a rank that has left early would take part in another one.
+    """
     problems: tuple[str, ...] = ()
     try:
         yield
@@ -103,7 +111,26 @@ def together() -> Iterator[None]:
     dist.all_gather_object(found, problems)
     every = dict.fromkeys(problem for rank_problems in found for problem in rank_problems)
     if every:
-        raise UserError(*every)
+        raise SharedUserError(*every)
+
+
+@contextmanager
+def alike() -> Iterator[None]:
+    """For what every rank is given alike, such as settings: they all meet the same problem, without a word."""
+    try:
+        yield
+    except UserError as error:
+        raise SharedUserError(*error.problems) from error
+
+
+def check_agreement(what: str, content: object) -> None:
+    """Refuse what is not the same on all ranks, such as a file that differs from node to node."""
+    digest = hashlib.sha256(repr(content).encode("utf-8", "surrogatepass")).hexdigest()
+    digests: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(digests, digest)
+    others = [rank for rank, other in enumerate(digests) if other != digests[0]]
+    if others:
+        raise SharedUserError(f"{what} is not the same on rank 0 and on rank {', '.join(map(str, others[:8]))}")
 
 
 def to_all_pipeline_stages(values: torch.Tensor) -> torch.Tensor:

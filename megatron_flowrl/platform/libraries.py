@@ -49,7 +49,7 @@ def _version(package: str, *modules: str) -> str | None:
     try:
         for module in modules:
             importlib.import_module(module)
-    except ImportError:
+    except (ImportError, OSError):  # OSError: a shared library of CUDA is missing
         return None
     for distribution in (package, package.replace("_", "-")):
         try:

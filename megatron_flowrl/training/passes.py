@@ -61,7 +61,8 @@ def forward_backward(
     def contribution(output: TokenLogProbs, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         value = loss(output, batch)
         # The second is Megatron's count of tokens, which `finalize_gradients` does not divide by.
-        return value, torch.zeros((), dtype=torch.int, device=value.device), value.detach()
+        # A copy of the value: Megatron frees the last stage's output, and refuses to where that is a view.
+        return value.clone(), torch.zeros((), dtype=torch.int, device=value.device), value.detach()
 
     values = _run(model, batches, settings, entropy, contribution, forward_only=False, on_micro_batch=on_micro_batch)
     total = torch.stack(values).sum() if values else torch.zeros((), device=batches[0].input_ids.device)
@@ -161,7 +162,7 @@ def gather_tokens(
         offsets.append(offsets[-1] + len(sequence.response))
     device = batches[0].input_ids.device
     flat = torch.zeros((2 if entropy else 1, offsets[-1]), dtype=torch.float32, device=device)
-    for batch, output in zip(batches, outputs, strict=False):  # there are no outputs but on the last stage
+    for batch, output in zip(batches if outputs else (), outputs, strict=True):  # only the last stage has outputs
         starts = torch.tensor([offsets[i] for i in batch.sequences], dtype=torch.int64, device=device)
         places = starts[batch.sequence_of_row] + batch.response_index
         flat[0, places] = output.log_probs

@@ -14,14 +14,17 @@ from megatron_flowrl.data.packing import (
     plan_packing,
 )
 from megatron_flowrl.model.architecture import Architecture
+from megatron_flowrl.model.layout import fp8_multiple
 
 
 def packing_rules(config: Config, architecture: Architecture, data_parallel_size: int) -> PackingRules:
     """What the layout asks of a plan. Raises UserError where the token budget is below the alignment."""
-    parallel, precision = config.parallel, config.precision
-    fp8_rows = 1 if precision.fp8 is None else 32 if precision.fp8_recipe == "mxfp8" else 16
+    parallel = config.parallel
     sequence, micro_batch = packing_alignment(
-        parallel.tensor_model_parallel_size, parallel.context_parallel_size, parallel.sequence_parallel, fp8_rows
+        parallel.tensor_model_parallel_size,
+        parallel.context_parallel_size,
+        parallel.sequence_parallel,
+        fp8_multiple(config.precision),
     )
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     try:
@@ -43,6 +46,6 @@ def plan(lengths: Sequence[int], rules: PackingRules, mini_batch_of: Sequence[in
         return plan_packing(lengths, rules, mini_batch_of)
     except SequenceTooLong as error:
         raise UserError(
-            f"data.tokens_per_micro_batch = {error.budget} is too small for sequence {error.index} of "
-            f"{error.length} tokens; raise it, or leave the sequence out"
+            f"data.tokens_per_micro_batch = {error.budget} is too small for sequence number {error.index + 1} "
+            f"of {error.length} tokens; raise it, or leave the sequence out"
         ) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ import torch
 
 from megatron_flowrl.checkpoint.load import load_weights
 from megatron_flowrl.checkpoint.sources import open_source
-from megatron_flowrl.config import Config, UserError, check_config, data_parallel_size
+from megatron_flowrl.config import Config, SharedUserError, UserError, check_config, data_parallel_size
 from megatron_flowrl.data.batch import TokenSequence
 from megatron_flowrl.data.jsonl import read_sequences
 from megatron_flowrl.data.packing import PackingPlan
@@ -28,12 +29,16 @@ from megatron_flowrl.observe.log import logger, progress
 from megatron_flowrl.platform import Platform, check_platform, current_platform
 from megatron_flowrl.platform.distributed import (
     World,
+    alike,
+    check_agreement,
     destroy_process_groups,
     initialize_process_groups,
     together,
 )
 from megatron_flowrl.training.passes import ScoredTokens, forward_only, gather_tokens, local_batches
 from megatron_flowrl.training.plan import packing_rules, plan
+
+_TEMPORARY = ".megatron-flowrl."
 
 
 def score(config: Config, world: World, input_path: str, output_path: str) -> None:
@@ -43,8 +48,9 @@ def score(config: Config, world: World, input_path: str, output_path: str) -> No
     that is not finite is null. Everything the user gave is checked before the model is built; the output appears
     whole or not at all. Raises UserError.
     """
-    check_config(config)
-    replicas = data_parallel_size(config.parallel, world.size)
+    with alike():
+        check_config(config)
+        replicas = data_parallel_size(config.parallel, world.size)
     platform = current_platform(world.local_rank)
     check_platform(config, platform)
     logger.info(platform.describe())
@@ -53,7 +59,8 @@ def score(config: Config, world: World, input_path: str, output_path: str) -> No
         with together():
             architecture = read_architecture(config.model.path)
             check_layout(architecture, config)
-            _check_output(input_path, output_path)
+            if world.rank == 0:  # the one that writes
+                _check_output(input_path, output_path)
             source = open_source(config, architecture)
             sequences = read_sequences(
                 input_path,
@@ -61,6 +68,9 @@ def score(config: Config, world: World, input_path: str, output_path: str) -> No
                 max_length=max_sequence_length(architecture, config),
                 encode=lambda: load_encode(config.data.tokenizer or config.model.path),
             )
+        check_agreement(f"--input {input_path!r}", sequences)
+        check_agreement(f"{config.model.path}/config.json", architecture)
+        with alike():
             packing = plan([len(s) for s in sequences], packing_rules(config, architecture, replicas))
         logger.info("%s, %s", _layout(config, world, replicas), packing.describe())
 
@@ -77,8 +87,12 @@ def score(config: Config, world: World, input_path: str, output_path: str) -> No
             "scored %d sequences, %d tokens in %.1f s (%.0f tokens/s) into %s",
             len(sequences), tokens, seconds, tokens / seconds, output_path,
         )  # fmt: skip
-    finally:
-        destroy_process_groups()
+    except BaseException as error:
+        # After an error of this rank alone the others may be inside a collective: leaving in order would wait for them.
+        if world.size == 1 or isinstance(error, SharedUserError):
+            destroy_process_groups()
+        raise
+    destroy_process_groups()
 
 
 def _score(
@@ -110,8 +124,20 @@ def _layout(config: Config, world: World, replicas: int) -> str:
 
 def _check_output(input_path: str, output_path: str) -> None:
     output = Path(output_path)
-    if output.is_dir():
-        raise UserError(f"--output {output_path!r} is a folder; give a file")
+    try:
+        if output.is_dir():
+            raise UserError(f"--output {output_path!r} is a folder; give a file")
+        if output.exists() and not output.is_file():
+            raise UserError(f"--output {output_path!r} is a pipe or a device, which cannot be replaced; give a file")
+        if output.parent.is_dir():
+            with tempfile.NamedTemporaryFile(dir=output.resolve().parent, prefix=_TEMPORARY, suffix=output.name[-200:]):
+                pass
+            os.stat(output.parent / f"{output.name}")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"--output {output_path!r} cannot be used: {reason}") from error
     if not output.parent.is_dir():
         raise UserError(f"--output {output_path!r}: the folder {str(output.parent)!r} does not exist; create it")
     if not os.access(output.parent, os.W_OK):
@@ -143,11 +169,16 @@ def _finite(values: list[float]) -> list[float | None]:
 @contextmanager
 def _whole_file(path: Path) -> Iterator[IO[str]]:
     """Write beside `path` and move into place at the end: nobody sees half a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    path = path.resolve()  # a link stays one
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY)
+    except OSError as error:
+        raise UserError(f"--output {str(path)!r} cannot be written: {error.strerror}") from error
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666 & ~_umask()
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             yield file
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except OSError as error:
         os.unlink(temporary)

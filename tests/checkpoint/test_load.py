@@ -1,4 +1,4 @@
-"""Weights into parameters, the quantised ones of Transformer Engine included (played by a stand-in: no FP8 on a CPU)."""
+"""Weights into parameters, Transformer Engine's quantised ones included (played by a stand-in: no FP8 on a CPU)."""
 
 from __future__ import annotations
 

@@ -150,13 +150,13 @@ def test_a_tensor_that_is_not_where_the_index_says(tensors: dict[str, Tensor], t
 def test_a_wrong_shape(shape: tuple[int, ...], tensors: dict[str, Tensor], tmp_path: Path) -> None:
     write_single(tmp_path, {**tensors, NORM: torch.zeros(shape)})
     message = refusal(tmp_path)
-    assert str(tmp_path) in message and f"{NORM} has shape {shape}, config.json says (48,)" in message
+    assert str(tmp_path) in message and f"{NORM} in {SINGLE} has shape {shape}, config.json says (48,)" in message
 
 
 def test_another_models_weights_are_told_in_a_few_lines(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     write_single(tmp_path, {"something": torch.zeros(2)})
     message = refusal(tmp_path)
-    assert "model.embed_tokens.weight is missing" in message and f"and {len(SHAPES) - 5} more" in message
+    assert "model.embed_tokens.weight is missing" in message and f"and {len(SHAPES) + 1 - 5} more" in message
     assert len(message) < 1000
 
 
@@ -173,20 +173,17 @@ def test_an_index_that_is_no_text(tensors: dict[str, Tensor], tmp_path: Path) ->
     assert f"{tmp_path / INDEX} is not a safetensors index" in refusal(tmp_path)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="a traceback instead")
 @pytest.mark.parametrize("file", [3, None, ["a"]])
 def test_an_index_whose_files_are_no_names(file: Any, tensors: dict[str, Tensor], tmp_path: Path) -> None:
     write_shards(tmp_path, tensors, lambda m: {**m, NORM: file})
     assert str(tmp_path / INDEX) in refusal(tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="the folder is named, but not the file, of which there may be a hundred")
 def test_a_wrong_shape_names_its_shard(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     write_shards(tmp_path, {**tensors, NORM: torch.zeros(47)})
     assert SHARDS[1] in refusal(tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="read, and cast without the scales that stand beside them: garbage")
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.int64])
 def test_quantized_weights_are_refused(dtype: torch.dtype, tensors: dict[str, Tensor], tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"

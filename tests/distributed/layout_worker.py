@@ -57,7 +57,7 @@ def sequence_loss(sums: torch.Tensor, entropy_sums: torch.Tensor, identity: torc
 
 def run_layout(layout: Layout, models: Path) -> dict[str, Any] | None:
     world = read_world()
-    platform = current_platform()
+    platform = current_platform(read_world().local_rank)
     settings = {"precision.dtype": "float32"} | layout.settings
     config = load_config(
         None,

@@ -47,7 +47,9 @@ _FULL: dict[str, Any] = {
     "recompute.recompute_method": "uniform",
     "recompute.recompute_num_layers": 1,
 }
-_SELECTIVE = {"recompute.recompute_granularity": "selective"}
+_SELECTIVE: dict[str, Any] = {"recompute.recompute_granularity": "selective"}
+_SELECTIVE_BOTH = _SELECTIVE | {"recompute.recompute_modules": "[core_attn,mlp]"}
+_BLOCK = _FULL | {"recompute.recompute_method": "block"}
 _BF16 = {"precision.dtype": "bfloat16"}
 _RANDOM = {"model.init": "random"}
 _ONE_HALF = (0, 140)  # all labels in the vocabulary half of the first of two tensor-parallel ranks
@@ -72,6 +74,8 @@ LAYOUTS = [
     Layout("pp2_uneven_last", 2, settings=_p(pp=2, last=1)),
     Layout("pp2_uneven_first", 2, settings=_p(pp=2, first=1)),
     Layout("pp2_vpp2", 2, settings=_p(pp=2, vpp=2)),
+    Layout("tp2_sp_recompute_selective_both", 2, settings=_p(tp=2, sp=True) | _SELECTIVE_BOTH),
+    Layout("pp2_recompute_block", 2, settings=_p(pp=2) | _BLOCK),
     Layout("pp2_recompute_full", 2, settings=_p(pp=2) | _FULL),
     Layout("cp2", 2, settings=_p(cp=2)),
     Layout("cp2_recompute_selective", 2, settings=_p(cp=2) | _SELECTIVE),

@@ -52,6 +52,7 @@ def baseline_of(layout: Layout) -> Layout:
 
 def largest_difference(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
     assert gradients.keys() == expected.keys()
+    assert all(expected[name].any() and gradients[name].isfinite().all() for name in expected)
     return max(
         (((gradients[name] - expected[name]).abs().max() / expected[name].abs().max()).item(), name)
         for name in expected

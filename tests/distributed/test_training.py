@@ -35,6 +35,19 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "bf16_overlap_both": _NO_CLIP | _GRADIENTS | _WEIGHTS | {"precision.dtype": "bfloat16"},
 }
 
+FOUR_RANKS: dict[str, dict[str, Any]] = {
+    "pp2_dp2_clipped": _CLIP | {"parallel.pipeline_model_parallel_size": 2},
+    "pp2_vpp2_dp2_overlap_clipped": _CLIP
+    | _GRADIENTS
+    | _WEIGHTS
+    | {"parallel.pipeline_model_parallel_size": 2, "parallel.virtual_pipeline_model_parallel_size": 2},
+    "tp2_sp_dp2_overlap_clipped": _CLIP
+    | _GRADIENTS
+    | _WEIGHTS
+    | {"parallel.tensor_model_parallel_size": 2, "parallel.sequence_parallel": True},
+    "cp2_pp2_clipped": _CLIP | {"parallel.context_parallel_size": 2, "parallel.pipeline_model_parallel_size": 2},
+}
+
 
 def _run(variants: dict[str, Any], ranks: int, folder: Path, models: Path) -> dict[str, dict[str, Any]]:
     named = {
@@ -54,7 +67,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     for name in ("qwen2", "qwen2_tied"):
         save_model(name, models / name)
     one = _run({"one_rank_clipped": _CLIP}, 1, tmp_path_factory.mktemp("one"), models)
-    return one | _run(TWO_RANKS, 2, tmp_path_factory.mktemp("two"), models)
+    two = _run(TWO_RANKS, 2, tmp_path_factory.mktemp("two"), models)
+    return one | two | _run(FOUR_RANKS, 4, tmp_path_factory.mktemp("four"), models)
 
 
 @pytest.fixture(params=["qwen2", "qwen2_tied"])
@@ -106,7 +120,10 @@ def test_overlap_with_clipping(run: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("layout", ["plain", "tp2", "tp2_sp", "pp2", "cp2"])
+@pytest.mark.parametrize(
+    "layout",
+    ["plain", "tp2", "tp2_sp", "pp2", "cp2", *(name.removesuffix("_clipped") for name in FOUR_RANKS)],
+)
 def test_gradient_norm_does_not_depend_on_the_layout(run: Any, layout: str) -> None:
     """Each parameter counts once: cut ones on every rank, copies on one."""
     expected, actual = run("one_rank_clipped"), run(f"{layout}_clipped")

@@ -2,7 +2,8 @@
 
 torchrun ... -m tests.distributed.training_worker MODELS_FOLDER OUT_FILE VARIANT.json; the JSON is
 {name: {"model": ..., "settings": {...}}}; rank 0 saves {name: {"losses", "grad_norms", "weights", "log_probs",
-"reference_log_probs", "buckets"}}. `log_probs` are of a forward-only pass between a step and the next emptying of the gradients.
+"reference_log_probs", "buckets"}}. `log_probs` are of a forward-only
+pass between a step and the next emptying of the gradients.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ NUM_SEQUENCES, STEPS = 12, 10
 
 
 def run_variant(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    world, platform = read_world(), current_platform()
+    world, platform = read_world(), current_platform(read_world().local_rank)
     overrides = {
         "model.path": str(path),
         "model.make_vocab_size_divisible_by": 8,

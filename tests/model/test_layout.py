@@ -132,7 +132,7 @@ def test_layouts_that_fit(config: Config) -> None:
         (parallel(pp=4, first=3, last=4), ["leave 1 of the model's 8 layers for 2 stages"]),
         (parallel(pp=3, first=4, last=4), ["leave 0 of the model's 8 layers for 1 stages"]),
         (parallel(pp=3, last=3), ["an even share of layers on the first stage and 3 on the last", "5 of"]),
-        (recomputed("block", 9), ["recompute.recompute_num_layers = 9", "8 layers"]),
+        (recomputed("block", 9), ["recompute.recompute_num_layers = 9", "above the 8 layers"]),
         (bf16_layers(5, 4), ["num_layers_at_start_in_bf16 + num_layers_at_end_in_bf16 = 9", "8 layers"]),
         (
             Config(model=ModelConfig(path="somewhere", max_sequence_length=513)),
@@ -146,9 +146,9 @@ def test_layouts_that_do_not_fit(config: Config, named: list[str]) -> None:
 
 
 def test_all_problems_are_told_at_once() -> None:
-    config = replace(parallel(tp=5, pp=3), model=ModelConfig(path="somewhere", max_sequence_length=1000))
-    found = "\n".join(problems(MODEL, config))
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "8 layers", "= 1000"):
+    """Of the layout first; what depends on the layers of a stage once these are known."""
+    found = "\n".join(problems(MODEL, parallel(tp=5, pp=3)))
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "8 layers"):
         assert name in found
 
 
@@ -157,8 +157,8 @@ def test_fp8_products_are_multiples_of_16_on_each_rank(change: dict[str, int]) -
     """64 and 96 are, and half of 96 is; 72 and 4 heads of 9 are not."""
     config = parallel(tp=2, precision=PrecisionConfig(fp8="hybrid"))
     assert problems(MODEL, config) == ()
-    (problem,) = problems(replace(MODEL, **change), config)
-    assert "precision.fp8 = hybrid" in problem and "multiple of 16" in problem
+    found = problems(replace(MODEL, **change), config)
+    assert found and all("precision.fp8 = hybrid" in problem and "multiple of 16" in problem for problem in found)
     assert problems(replace(MODEL, **change), parallel(tp=2)) == ()
 
 
@@ -222,11 +222,9 @@ def test_heads_are_judged_as_megatron_does(groups: int) -> None:
         bf16_layers(4, 4, pp=2),
         pytest.param(
             bf16_layers(6, 1, pp=2),
-            marks=pytest.mark.xfail(strict=True, reason="Megatron allows layers / PP at either end, not layers in all"),
         ),
         pytest.param(
             bf16_layers(0, 5, pp=2),
-            marks=pytest.mark.xfail(strict=True, reason="Megatron allows layers / PP at either end, not layers in all"),
         ),
     ],
 )
@@ -235,7 +233,6 @@ def test_what_passes_for_bf16_layers_megatron_takes(config: Config) -> None:
     assert problems(MODEL, config) or megatron_accepts(MODEL, config)
 
 
-@pytest.mark.xfail(strict=True, reason="accepted; Megatron then asks for a layer that is not there, in the first step")
 @pytest.mark.parametrize("config", [recomputed("uniform", 3), recomputed("uniform", 8, pp=2)])
 def test_uniform_recomputation_has_to_divide_the_layers_of_a_chunk(config: Config) -> None:
     check_config(config)

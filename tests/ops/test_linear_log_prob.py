@@ -375,24 +375,26 @@ def test_half_precision_is_refused() -> None:
 @given(
     tokens=st.integers(0, 20_000),
     vocabulary=st.integers(0, 200_000),
+    max_columns=st.sampled_from([512, 8192]),
     row_bytes=st.integers(0, 100_000),
     column_bytes=st.integers(0, 100_000),
     cell_bytes=st.integers(4, 16),
     spare=st.integers(0, 1 << 30),
 )
 def test_tile_shape_stays_within_its_bytes(
-    tokens: int, vocabulary: int, row_bytes: int, column_bytes: int, cell_bytes: int, spare: int
+    tokens: int, vocabulary: int, max_columns: int, row_bytes: int, column_bytes: int, cell_bytes: int, spare: int
 ) -> None:
     chunk_bytes = 2 * (row_bytes + column_bytes + cell_bytes) + spare
     rows, columns = tile_shape(
         tokens,
         vocabulary,
+        max_columns=max_columns,
         row_bytes=row_bytes,
         column_bytes=column_bytes,
         cell_bytes=cell_bytes,
         chunk_bytes=chunk_bytes,
     )
-    assert 1 <= rows <= max(1, tokens) and 1 <= columns <= max(1, vocabulary)
+    assert 1 <= rows <= max(1, tokens) and 1 <= columns <= min(max_columns, max(1, vocabulary))
     assert rows * row_bytes + columns * column_bytes + rows * columns * cell_bytes <= chunk_bytes
 
 

@@ -101,7 +101,6 @@ def test_it_refuses_to_run_beside_a_gpu(originals: dict[Any, dict[str, Any]], mo
     assert replaced(originals) == set()
 
 
-@pytest.mark.xfail(strict=True, reason="what was replaced before the failure stays, and counts as installed")
 def test_an_installation_that_fails_leaves_nothing(
     originals: dict[Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,7 +76,6 @@ def test_the_rank_is_below_the_world_size(rank: str, size: str) -> None:
         read_world({**TORCHRUN, "RANK": rank, "WORLD_SIZE": size})
 
 
-@pytest.mark.xfail(strict=True, reason="accepted: a GPU of that number is then asked for")
 @pytest.mark.parametrize("local_rank", ["-1", "8"])
 def test_the_local_rank_is_one_of_the_world(local_rank: str) -> None:
     with pytest.raises(UserError, match="LOCAL_RANK"):

@@ -1,4 +1,4 @@
-"""The reference model: log-probs equal to the policy's while the weights are, and a policy that comes back as it was."""
+"""The reference: log-probs equal to the policy's while the weights are, and a policy that comes back as it was."""
 
 from __future__ import annotations
 
