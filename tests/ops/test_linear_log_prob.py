@@ -18,8 +18,9 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_flowrl.ops import linear_log_prob as module
-from megatron_flowrl.ops.linear_log_prob import linear_log_prob, plain_log_prob, tile_shape
+from megatron_flowrl.ops.linear_log_prob import linear_log_prob, plain_log_prob
 from megatron_flowrl.ops.matmul import Matmul
+from megatron_flowrl.ops.tiles import tile_shape
 from tests.distributed.ranks import run_worker
 
 TOKENS, VOCABULARY, HIDDEN_SIZE = 37, 301, 24
