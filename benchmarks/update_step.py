@@ -108,7 +108,7 @@ class Ours:
         self.config = _config(folder, dtype)
         platform, architecture = current_platform(), read_architecture(folder)
         model = build_parallel_model(architecture, self.config, platform)
-        load_weights(model.modules, architecture, SafetensorsSource(folder, architecture))
+        load_weights(model, SafetensorsSource(folder, architecture))
         self.model = wrap_for_training(model, self.config)
         self.optimizer = Optimizer(self.model, self.config)
         packing = plan([len(s) for s in sequences], packing_rules(self.config, architecture, 1))

@@ -5,12 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_flowrl import __version__
-from megatron_flowrl.config import SharedUserError, UserError, format_help, load_config
+from megatron_flowrl.config import Config, SharedUserError, UserError, format_help, load_config
 from megatron_flowrl.observe.log import configure_logging
+
+if TYPE_CHECKING:
+    from megatron_flowrl.platform.distributed import World
 
 _SCORE = """Log-probs of the response tokens in a JSONL file, under any parallel layout.
 
@@ -24,6 +30,24 @@ _SCORE = """Log-probs of the response tokens in a JSONL file, under any parallel
 """
 
 
+_CONVERT = """Between Hugging Face folders and checkpoints of this program.
+
+  hf-to-megatron HF_DIR OUT_DIR   a checkpoint of step 0 in the new folder OUT_DIR; weights keep the dtype of the
+                                  files, unless precision.dtype is given
+  megatron-to-hf DIR OUT_DIR      the weights of a checkpoint (or of the latest in a run's folder) as a new
+                                  Hugging Face folder, with configuration and tokenizer
+  inspect DIR                     what a checkpoint or a Hugging Face folder holds; verifies checksums
+
+Every rank reads and holds only its part, in any layout:
+
+  megatron-flowrl convert hf-to-megatron models/Qwen2.5-7B checkpoints/start
+  torchrun --nproc_per_node 4 -m megatron_flowrl convert megatron-to-hf runs/math/checkpoints out \\
+      parallel.tensor_model_parallel_size=4
+"""
+_CONVERT_SECTIONS = ("seed", "model", "parallel", "precision", "logging")
+_EXPORT_SECTIONS = ("model", "parallel", "logging")
+_INSPECT_SECTIONS = ("logging",)
+
 _SCORE_SECTIONS = ("seed", "model", "parallel", "precision", "data", "log_prob", "logging")
 
 
@@ -33,7 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="megatron-flowrl", description="Train a language model to sample answers in proportion to their reward."
     )
     parser.add_argument("--version", action="version", version=f"megatron-flowrl {__version__}")
-    parser.add_argument("command", choices=tuple(_COMMANDS), help="score: log-probs of given responses")
+    parser.add_argument(
+        "command",
+        choices=tuple(_COMMANDS),
+        help="score: log-probs of given responses; convert: between Hugging Face and Megatron",
+    )
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its arguments; see COMMAND --help")
     parsed = parser.parse_args(arguments)
     try:
@@ -55,34 +83,106 @@ def _print(error: UserError) -> None:
 
 
 def _score(arguments: Sequence[str]) -> None:
-    parser = _command_parser("score", _SCORE)
-    parser.add_argument("--model", metavar="DIR", help="Hugging Face model folder; short for model.path=DIR")
+    parser = _command_parser("score", _SCORE, _SCORE_SECTIONS)
+    parser.add_argument("--model", metavar="DIR", help="Hugging Face folder or checkpoint; short for model.path=DIR")
     parser.add_argument("--input", metavar="FILE", required=True, help="JSONL of prompts and responses")
     parser.add_argument("--output", metavar="FILE", required=True, help="JSONL to write")
-    parser.epilog = "settings:\n\n" + format_help(_SCORE_SECTIONS)
     given = parser.parse_intermixed_args(arguments)
-    overrides = [*given.overrides, *([f"model.path={json.dumps(given.model)}"] if given.model is not None else [])]
-    from megatron_flowrl.platform.distributed import alike, read_world
-
-    world = read_world()
-    with alike():
-        config = load_config(given.recipe, overrides, _SCORE_SECTIONS, "score")
-    configure_logging(config.logging, world.rank)
+    config, world = _settings("score", given, _SCORE_SECTIONS, given.model)
     from megatron_flowrl.training.score import score  # Megatron, which talks while it loads, only now
 
     score(config, world, given.input, given.output)
 
 
-def _command_parser(name: str, description: str) -> argparse.ArgumentParser:
+def _convert(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog=f"megatron-flowrl {name}",
-        description=description,
+        prog="megatron-flowrl convert",
+        description=_CONVERT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    kinds = {"hf-to-megatron": _hf_to_megatron, "megatron-to-hf": _megatron_to_hf, "inspect": _inspect}
+    parser.add_argument("kind", choices=tuple(kinds), help="see KIND --help")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
+    parsed = parser.parse_args(arguments)
+    kinds[parsed.kind](parsed.rest)
+
+
+def _hf_to_megatron(arguments: Sequence[str]) -> None:
+    name = "convert hf-to-megatron"
+    parser = _command_parser(name, "A Hugging Face folder as a checkpoint.", _CONVERT_SECTIONS, "HF_DIR", "OUT_DIR")
+    given = parser.parse_intermixed_args(arguments)
+    config, world = _settings(name, given, _CONVERT_SECTIONS, given.HF_DIR)
+    from megatron_flowrl.checkpoint.convert import hugging_face_to_megatron
+
+    dtype_given = any(override.startswith("precision.dtype=") for override in given.overrides)
+    hugging_face_to_megatron(config, world, Path(given.OUT_DIR), dtype_given=dtype_given)
+
+
+def _megatron_to_hf(arguments: Sequence[str]) -> None:
+    name = "convert megatron-to-hf"
+    parser = _command_parser(
+        name, "A checkpoint's weights as a Hugging Face folder.", _EXPORT_SECTIONS, "DIR", "OUT_DIR"
+    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the checkpoint's")
+    parser.add_argument(
+        "--max-shard-size", type=_bytes, default="5GB", metavar="SIZE",
+        help="largest safetensors file, as 5GB or 200MB (default: 5GB)",
+    )  # fmt: skip
+    given = parser.parse_intermixed_args(arguments)
+    config, world = _settings(name, given, _EXPORT_SECTIONS, given.DIR)
+    from megatron_flowrl.checkpoint.convert import megatron_to_hugging_face
+
+    output = Path(given.OUT_DIR)
+    megatron_to_hugging_face(config, world, output, dtype=given.dtype, max_shard_bytes=given.max_shard_size)
+
+
+def _inspect(arguments: Sequence[str]) -> None:
+    name = "convert inspect"
+    parser = _command_parser(name, "What a folder holds, and whether it is whole.", _INSPECT_SECTIONS, "DIR")
+    given = parser.parse_intermixed_args(arguments)
+    config, _ = _settings(name, given, _INSPECT_SECTIONS)
+    from megatron_flowrl.checkpoint.inspect import inspect
+
+    for line in inspect(Path(given.DIR), config):
+        print(line)
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size above 0 such as 5GB or 200MB")
+    return size
+
+
+def _command_parser(name: str, description: str, sections: Sequence[str], *positionals: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"megatron-flowrl {name}",
+        description=description,
+        epilog="settings:\n\n" + format_help(sections),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for positional in positionals:
+        parser.add_argument(positional)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, over the recipe's")
     parser.add_argument("--recipe", metavar="FILE", help="YAML file of settings")
     return parser
 
 
-_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"score": _score}
+def _settings(
+    name: str, given: argparse.Namespace, sections: Sequence[str], model: str | None = None
+) -> tuple[Config, World]:
+    """The configuration of a command, and this process's place among all; logging is set up."""
+    from megatron_flowrl.platform.distributed import alike, read_world
+
+    world = read_world()
+    overrides = [*given.overrides, *([f"model.path={json.dumps(model)}"] if model is not None else [])]
+    with alike():
+        config = load_config(given.recipe, overrides, sections, name)
+    configure_logging(config.logging, world.rank)
+    return config, world
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"score": _score, "convert": _convert}

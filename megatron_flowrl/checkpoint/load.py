@@ -1,8 +1,8 @@
-"""Fill a model's parameters from a weight source, slice by slice."""
+"""Fill a model's parameters from a weight source: slice by slice, or by Megatron from a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from megatron.core import parallel_state
@@ -10,9 +10,11 @@ from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor
 
 from megatron_flowrl.checkpoint.mapping import Shard, local_tensor
-from megatron_flowrl.checkpoint.sources import WeightSource
+from megatron_flowrl.checkpoint.reader import load_model
+from megatron_flowrl.checkpoint.sources import CheckpointSource, SliceSource, WeightSource
 from megatron_flowrl.model.architecture import Architecture
-from megatron_flowrl.model.gpt import LanguageModel
+from megatron_flowrl.model.build import ParallelModel, weights_in_place
+from megatron_flowrl.model.gpt import OWN_HEADS, LanguageModel
 
 
 def global_parameters(model: LanguageModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -25,33 +27,61 @@ def global_parameters(model: LanguageModel) -> Iterator[tuple[str, torch.nn.Para
         yield name, parameter
 
 
+def shard_of(model: LanguageModel) -> Shard:
+    """Which part of every parameter this rank holds."""
+    return Shard(
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        padded_vocab=model.vocab_size,
+    )
+
+
 @torch.no_grad()
-def load_weights(models: Sequence[LanguageModel], architecture: Architecture, source: WeightSource) -> None:
-    """Copy each rank's slices into its parameters, in place, cast to their dtype."""
-    for model in models:
-        for name, parameter in global_parameters(model):
+def load_weights(model: ParallelModel, source: WeightSource) -> None:
+    """Fill this rank's parameters, in place, cast to their dtype. All ranks call it together.
+
+    This project's own heads keep their values, unless the source is a checkpoint that has them.
+    """
+    if isinstance(source, CheckpointSource):
+        load_model(model, source.path)
+        return
+    for module in model.modules:
+        shard = shard_of(module)
+        for name, parameter in global_parameters(module):
+            if name.startswith(OWN_HEADS):
+                continue
             if is_float8tensor(parameter):
-                _fill_quantized(name, parameter, architecture, _shard(model), source)
+                _fill_quantized(name, parameter, model.architecture, shard, source)
             else:
-                _fill(name, parameter, architecture, _shard(model), source)
+                _fill(name, parameter, model.architecture, shard, source)
 
 
 @torch.no_grad()
-def load_to_host(
-    models: Sequence[LanguageModel], architecture: Architecture, source: WeightSource, *, pin_memory: bool
-) -> list[Tensor]:
-    """What `load_weights` would put into the parameters, as tensors in host memory, in the parameters' order."""
-    tensors = []
-    for model in models:
-        for name, parameter in global_parameters(model):
-            tensor = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu", pin_memory=pin_memory)
-            _fill(name, tensor, architecture, _shard(model), source)
-            tensors.append(tensor)
+def load_to_host(model: ParallelModel, source: WeightSource, *, pin_memory: bool) -> list[Tensor]:
+    """What `load_weights` would put into the parameters, as tensors in host memory, in the parameters' order.
+
+    The model keeps its weights. All ranks call it together.
+    """
+    parameters = [(module, *named) for module in model.modules for named in global_parameters(module)]
+    tensors = [torch.empty(p.shape, dtype=p.dtype, device="cpu", pin_memory=pin_memory) for _, _, p in parameters]
+    if isinstance(source, CheckpointSource):
+        with weights_in_place(model.chunks):
+            kept = [parameter.detach().to("cpu", copy=True) for _, _, parameter in parameters]
+            load_model(model, source.path)
+            for (_, _, parameter), tensor, before in zip(parameters, tensors, kept, strict=True):
+                tensor.copy_(parameter)
+                parameter.copy_(before)
+        return tensors
+    for (module, name, parameter), tensor in zip(parameters, tensors, strict=True):
+        if name.startswith(OWN_HEADS):
+            tensor.copy_(parameter)
+        else:
+            _fill(name, tensor, model.architecture, shard_of(module), source)
     return tensors
 
 
 def _fill_quantized(
-    name: str, parameter: Tensor, architecture: Architecture, shard: Shard, source: WeightSource
+    name: str, parameter: Tensor, architecture: Architecture, shard: Shard, source: SliceSource
 ) -> None:
     """An FP8 weight has no parts to write to: it is quantised whole, and its fp32 main weight starts unquantised.
 
@@ -65,15 +95,7 @@ def _fill_quantized(
         unquantized.copy_(whole)
 
 
-def _shard(model: LanguageModel) -> Shard:
-    return Shard(
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
-        padded_vocab=model.vocab_size,
-    )
-
-
-def _fill(name: str, target: Tensor, architecture: Architecture, shard: Shard, source: WeightSource) -> None:
+def _fill(name: str, target: Tensor, architecture: Architecture, shard: Shard, source: SliceSource) -> None:
     part = local_tensor(name, architecture, shard)
     position = 0
     for piece in part.slices:

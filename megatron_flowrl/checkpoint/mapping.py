@@ -1,23 +1,21 @@
-"""Where each of Megatron's parameters comes from in a Hugging Face checkpoint: one table, read in both directions.
+"""The mapping table read in both directions: a rank's part of a Megatron parameter as slices of Hugging Face tensors.
 
-A Megatron parameter on one tensor-parallel rank is a list of slices of Hugging Face tensors, laid end to end:
-
-* `linear_qkv` holds, group by group, the queries of the group's heads, its key, its value; ranks cut that in equal
-  parts (within a group too, when there are more ranks than groups).
-* `linear_fc1` holds this rank's part of the gate, then the same part of the up projection.
-* Embedding and output layer are cut by vocabulary rows, padded with rows of zeros up to a common multiple.
-
-All supported families (Qwen2, Qwen3, Llama, Mistral) name their tensors alike; they differ in which ones they have.
+The parts of all tensor-parallel ranks give a Hugging Face tensor back (`assemble`): the same slices say where each
+piece belongs, so no second set of rules has to agree with the first.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import torch
+from torch import Tensor
+
+from megatron_flowrl.checkpoint.families import FAMILIES, HuggingFaceTensor, Parameter, Role, dimensions
 from megatron_flowrl.model.architecture import Architecture
+from megatron_flowrl.model.gpt import OWN_HEADS
 
 
 @dataclass(frozen=True)
@@ -48,52 +46,27 @@ class Shard:
     padded_vocab: int
 
 
-_EMBEDDING, _FINAL_NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-
-# Megatron's name inside a layer -> (kind, Hugging Face's names inside a layer)
-_LAYER: dict[str, tuple[str, tuple[str, ...]]] = {
-    "self_attention.linear_qkv.layer_norm_weight": ("whole", ("input_layernorm.weight",)),
-    "self_attention.linear_qkv.weight": ("qkv", tuple(f"self_attn.{p}_proj.weight" for p in "qkv")),
-    "self_attention.linear_qkv.bias": ("qkv", tuple(f"self_attn.{p}_proj.bias" for p in "qkv")),
-    "self_attention.q_layernorm.weight": ("whole", ("self_attn.q_norm.weight",)),
-    "self_attention.k_layernorm.weight": ("whole", ("self_attn.k_norm.weight",)),
-    "self_attention.linear_proj.weight": ("columns", ("self_attn.o_proj.weight",)),
-    "mlp.linear_fc1.layer_norm_weight": ("whole", ("post_attention_layernorm.weight",)),
-    "mlp.linear_fc1.weight": ("gated", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
-    "mlp.linear_fc2.weight": ("columns", ("mlp.down_proj.weight",)),
-}
-_LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-
-
 @cache
 def hugging_face_shapes(architecture: Architecture) -> Mapping[str, tuple[int, ...]]:
     """Name and shape of every tensor of the Hugging Face checkpoint, in the order of the forward pass."""
-    a = architecture
-    query, key = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (a.hidden_size,),
-        "self_attn.q_proj.weight": (query, a.hidden_size),
-        "self_attn.k_proj.weight": (key, a.hidden_size),
-        "self_attn.v_proj.weight": (key, a.hidden_size),
+    sizes = dimensions(architecture)
+    return {
+        tensor.name: tuple(sizes[dim] for dim in tensor.shape)
+        for parameter in _parameters(architecture).values()
+        if not (parameter.role is Role.OUTPUT and architecture.tie_word_embeddings)
+        for tensor in parameter.tensors
     }
-    if a.qkv_bias:
-        layer |= {f"self_attn.{p}_proj.bias": (n,) for p, n in zip("qkv", (query, key, key), strict=True)}
-    if a.qk_norm:
-        layer |= {"self_attn.q_norm.weight": (a.head_dim,), "self_attn.k_norm.weight": (a.head_dim,)}
-    layer |= {
-        "self_attn.o_proj.weight": (a.hidden_size, query),
-        "post_attention_layernorm.weight": (a.hidden_size,),
-        "mlp.gate_proj.weight": (a.ffn_hidden_size, a.hidden_size),
-        "mlp.up_proj.weight": (a.ffn_hidden_size, a.hidden_size),
-        "mlp.down_proj.weight": (a.hidden_size, a.ffn_hidden_size),
-    }
-    shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (a.vocab_size, a.hidden_size)}
-    for index in range(a.num_layers):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
-    shapes[_FINAL_NORM] = (a.hidden_size,)
-    if not a.tie_word_embeddings:
-        shapes[_HEAD] = (a.vocab_size, a.hidden_size)
-    return shapes
+
+
+def is_exported(name: str, architecture: Architecture) -> bool:
+    """Whether the Megatron parameter `name` has tensors of its own in a Hugging Face checkpoint.
+
+    The heads of this project have none, nor has a tied output layer, whose weight is the embedding's. Raises KeyError
+    for a name that is neither in the table nor a head's.
+    """
+    if name.startswith(OWN_HEADS):
+        return False
+    return not (_parameter(name, architecture).role is Role.OUTPUT and architecture.tie_word_embeddings)
 
 
 def local_tensor(name: str, architecture: Architecture, shard: Shard) -> LocalTensor:
@@ -101,44 +74,102 @@ def local_tensor(name: str, architecture: Architecture, shard: Shard) -> LocalTe
 
     Raises KeyError for a name that no Hugging Face tensor corresponds to.
     """
-    if name == "embedding.word_embeddings.weight":
-        return _vocabulary(_EMBEDDING, architecture, shard)
-    if name == "output_layer.weight":
-        return _vocabulary(_EMBEDDING if architecture.tie_word_embeddings else _HEAD, architecture, shard)
-    if name == "decoder.final_layernorm.weight":
-        return _whole((_FINAL_NORM,), architecture, shard)
-    match = _LAYER_NAME.fullmatch(name)
-    if match is None or match[2] not in _LAYER:
-        raise KeyError(f"Megatron parameter {name!r} has no counterpart in a Hugging Face checkpoint")
-    kind, names = _LAYER[match[2]]
-    return _KINDS[kind](tuple(f"model.layers.{match[1]}.{n}" for n in names), architecture, shard)
+    parameter = _parameter(name, architecture)
+    tensors, rank, ranks = parameter.tensors, shard.tp_rank, shard.tp_size
+    match parameter.role:
+        case Role.EMBEDDING | Role.OUTPUT:
+            if parameter.role is Role.OUTPUT and architecture.tie_word_embeddings:
+                tensors = _embedding(architecture).tensors
+            return _vocabulary(tensors[0].name, architecture.vocab_size, shard)
+        case Role.REPLICATED:
+            (tensor,) = tensors
+            return LocalTensor((Slice(tensor.name, 0, 0, _size(tensor, 0, architecture)),))
+        case Role.COLUMNS:
+            (tensor,) = tensors
+            width = _size(tensor, 1, architecture) // ranks
+            return LocalTensor((Slice(tensor.name, 1, rank * width, (rank + 1) * width),), dim=1)
+        case Role.GATED:
+            rows = _size(tensors[0], 0, architecture) // ranks
+            return LocalTensor(tuple(Slice(t.name, 0, rank * rows, (rank + 1) * rows) for t in tensors))
+        case Role.QKV:
+            return LocalTensor(_qkv(tensors, architecture, rank, ranks))
 
 
-def _whole(names: tuple[str, ...], architecture: Architecture, shard: Shard) -> LocalTensor:
-    size = hugging_face_shapes(architecture)[names[0]][0]
-    return LocalTensor((Slice(names[0], 0, 0, size),))
+def assemble(name: str, architecture: Architecture, parts: Sequence[Tensor], padded_vocab: int) -> dict[str, Tensor]:
+    """The Hugging Face tensors of a Megatron parameter from the parts of all tensor-parallel ranks, in rank order.
+
+    New tensors, but where a tensor is one part as it stands: then a view of it.
+    """
+    shapes, places = hugging_face_shapes(architecture), []
+    for rank, part in enumerate(parts):
+        local, position = local_tensor(name, architecture, Shard(rank, len(parts), padded_vocab)), 0
+        for piece in local.slices:
+            places.append((piece, part.narrow(local.dim, position, piece.stop - piece.start)))
+            position += piece.stop - piece.start
+    tensors: dict[str, Tensor] = {}
+    for piece, values in places:
+        if values.shape == shapes[piece.name] and values.is_contiguous():
+            tensors[piece.name] = values
+            continue
+        if piece.name not in tensors:
+            tensors[piece.name] = torch.empty(shapes[piece.name], dtype=values.dtype, device=values.device)
+        tensors[piece.name].narrow(piece.dim, piece.start, piece.stop - piece.start).copy_(values)
+    return tensors
 
 
-def _columns(names: tuple[str, ...], architecture: Architecture, shard: Shard) -> LocalTensor:
-    width = hugging_face_shapes(architecture)[names[0]][1] // shard.tp_size
-    return LocalTensor((Slice(names[0], 1, shard.tp_rank * width, (shard.tp_rank + 1) * width),), dim=1)
+@cache
+def _parameters(architecture: Architecture) -> Mapping[str, Parameter]:
+    """Megatron's name in the whole model -> its entry of the table, names of layers filled in."""
+    family = FAMILIES[architecture.family]
+    layers = [
+        Parameter(
+            entry.role,
+            family.megatron_layer.format(index) + entry.megatron,
+            tuple(
+                HuggingFaceTensor(family.hugging_face_layer.format(index) + tensor.name, tensor.shape)
+                for tensor in entry.tensors
+            ),
+        )
+        for index in range(architecture.num_layers)
+        for entry in family.layer
+    ]
+    return {parameter.megatron: parameter for parameter in (*family.before, *layers, *family.after)}
 
 
-def _gated(names: tuple[str, ...], architecture: Architecture, shard: Shard) -> LocalTensor:
-    rows = architecture.ffn_hidden_size // shard.tp_size
-    return LocalTensor(tuple(Slice(n, 0, shard.tp_rank * rows, (shard.tp_rank + 1) * rows) for n in names))
+def _parameter(name: str, architecture: Architecture) -> Parameter:
+    try:
+        return _parameters(architecture)[name]
+    except KeyError:
+        raise KeyError(f"Megatron parameter {name!r} has no counterpart in a Hugging Face checkpoint") from None
 
 
-def _qkv(names: tuple[str, ...], architecture: Architecture, shard: Shard) -> LocalTensor:
-    a = architecture
+@cache
+def _embedding(architecture: Architecture) -> Parameter:
+    return next(p for p in _parameters(architecture).values() if p.role is Role.EMBEDDING)
+
+
+def _size(tensor: HuggingFaceTensor, dim: int, architecture: Architecture) -> int:
+    return dimensions(architecture)[tensor.shape[dim]]
+
+
+def _vocabulary(name: str, vocab_size: int, shard: Shard) -> LocalTensor:
+    rows = shard.padded_vocab // shard.tp_size
+    first, last = shard.tp_rank * rows, (shard.tp_rank + 1) * rows
+    real = min(last, vocab_size)
+    slices = (Slice(name, 0, first, real),) if real > first else ()
+    return LocalTensor(slices, padding=last - max(real, first))
+
+
+def _qkv(tensors: Sequence[HuggingFaceTensor], a: Architecture, rank: int, ranks: int) -> tuple[Slice, ...]:
+    """Groups may be cut too, when there are more ranks than groups."""
     query_rows = a.num_attention_heads // a.num_query_groups * a.head_dim
     whole = [
-        Slice(name, 0, group * rows, (group + 1) * rows)
+        Slice(tensor.name, 0, group * rows, (group + 1) * rows)
         for group in range(a.num_query_groups)
-        for name, rows in zip(names, (query_rows, a.head_dim, a.head_dim), strict=True)
+        for tensor, rows in zip(tensors, (query_rows, a.head_dim, a.head_dim), strict=True)
     ]
-    share = sum(s.stop - s.start for s in whole) // shard.tp_size
-    return LocalTensor(_cut(whole, shard.tp_rank * share, (shard.tp_rank + 1) * share))
+    share = sum(s.stop - s.start for s in whole) // ranks
+    return _cut(whole, rank * share, (rank + 1) * share)
 
 
 def _cut(whole: list[Slice], first: int, last: int) -> tuple[Slice, ...]:
@@ -150,19 +181,3 @@ def _cut(whole: list[Slice], first: int, last: int) -> tuple[Slice, ...]:
             kept.append(Slice(piece.name, piece.dim, piece.start + begin, piece.start + end))
         position += piece.stop - piece.start
     return tuple(kept)
-
-
-def _vocabulary(name: str, architecture: Architecture, shard: Shard) -> LocalTensor:
-    rows = shard.padded_vocab // shard.tp_size
-    first, last = shard.tp_rank * rows, (shard.tp_rank + 1) * rows
-    real = min(last, architecture.vocab_size)
-    slices = (Slice(name, 0, first, real),) if real > first else ()
-    return LocalTensor(slices, padding=last - max(real, first))
-
-
-_KINDS: dict[str, Callable[[tuple[str, ...], Architecture, Shard], LocalTensor]] = {
-    "whole": _whole,
-    "columns": _columns,
-    "gated": _gated,
-    "qkv": _qkv,
-}

@@ -5,23 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_flowrl.checkpoint.locate import locate_model
+from megatron_flowrl.checkpoint.manifest import read_manifest
 from megatron_flowrl.checkpoint.mapping import Slice, hugging_face_shapes
 from megatron_flowrl.config import Config, UserError
 from megatron_flowrl.model.architecture import Architecture
 
-_DTYPES = ("BF16", "F16", "F32", "F64")
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _NAMES = {"I64": "int64", "I32": "int32", "I8": "int8", "U8": "uint8", "F8_E4M3": "float8_e4m3fn"}
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-class WeightSource(Protocol):
+class SliceSource(Protocol):
     """Anything that has the tensors of a Hugging Face checkpoint by name."""
 
     def read(self, piece: Slice) -> Tensor:
@@ -41,12 +44,22 @@ class SafetensorsSource:
         file_of = self._locate()
         self._files = {name: self._open(name) for name in sorted(set(file_of.values()))}
         self._file_of = file_of
+        self._names = tuple(hugging_face_shapes(architecture))
         self._check(architecture)
 
     def read(self, piece: Slice) -> Tensor:
         """Only the bytes of the slice are read."""
         tensor = self._files[self._file_of[piece.name]].get_slice(piece.name)
         return tensor[piece.start : piece.stop] if piece.dim == 0 else tensor[:, piece.start : piece.stop]
+
+    @property
+    def dtype(self) -> Literal["bfloat16", "float32"]:
+        """The format that holds every tensor as it is: bfloat16 where all are, else float32 (which rounds float64)."""
+        return "bfloat16" if {self.dtype_of(name) for name in self._names} == {torch.bfloat16} else "float32"
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Of one tensor in the files."""
+        return _DTYPES[self._files[self._file_of[name]].get_slice(name).get_dtype()]
 
     def _locate(self) -> dict[str, str]:
         index, single = self._folder / _INDEX, self._folder / _SINGLE
@@ -130,8 +143,22 @@ class RandomSource:
         return torch.empty(shape).normal_(0.0, self._deviation, generator=generator)
 
 
+@dataclass(frozen=True)
+class CheckpointSource:
+    """The weights of a checkpoint of this program, which Megatron reads; its architecture has been compared."""
+
+    path: Path
+
+
+WeightSource = SliceSource | CheckpointSource
+
+
 def open_source(config: Config, architecture: Architecture) -> WeightSource:
-    """The weights `config.model` asks for."""
+    """The weights `config.model` asks for. Raises UserError where they are missing, damaged or of another shape."""
     if config.model.init == "random":
         return RandomSource(architecture, config.seed)
-    return SafetensorsSource(config.model.path, architecture)
+    folder = locate_model(config.model.path)
+    if folder.checkpoint is None:
+        return SafetensorsSource(folder.hugging_face, architecture)
+    read_manifest(folder.checkpoint).check_architecture(architecture, folder.checkpoint)
+    return CheckpointSource(folder.checkpoint)

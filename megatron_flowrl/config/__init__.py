@@ -8,6 +8,7 @@ from .errors import SharedUserError, UserError
 from .help import format_help
 from .load import load_config, to_dict, to_yaml
 from .schema import (
+    CheckpointConfig,
     Config,
     DataConfig,
     DistributedDataParallelConfig,
@@ -22,6 +23,7 @@ from .schema import (
 )
 
 __all__ = [
+    "CheckpointConfig",
     "Config",
     "DataConfig",
     "DistributedDataParallelConfig",

@@ -16,7 +16,7 @@ def check_config(config: Config) -> None:
     Raises:
         UserError: with all the problems found.
     """
-    rules = (_model, _pipeline, _data_parallel, _fp8, _bf16_layers, _recompute, _reference)
+    rules = (_model, _pipeline, _data_parallel, _fp8, _bf16_layers, _recompute, _schedule, _checkpoint, _reference)
     problems = [problem for rule in rules for problem in rule(config)]
     if problems:
         raise UserError(*problems)
@@ -124,6 +124,39 @@ def _bf16_layers(config: Config) -> Iterator[str]:
             "has no effect while precision.first_last_layers_bf16 is false; set that to true",
             "precision.num_layers_at_start_in_bf16",
             "precision.num_layers_at_end_in_bf16",
+        )
+
+
+def _schedule(config: Config) -> Iterator[str]:
+    settings, style = config.optimizer, f"optimizer.lr_decay_style = {config.optimizer.lr_decay_style}"
+    if settings.lr_decay_style == "constant":
+        yield from _idle(
+            config,
+            "has no effect while optimizer.lr_decay_style is constant; set that to linear or cosine",
+            "optimizer.lr_decay_iters",
+            "optimizer.min_lr",
+        )
+        return
+    if settings.lr_decay_iters is None:
+        yield f"{style} needs optimizer.lr_decay_iters, which is null; set it to the number of steps"
+    elif settings.lr_decay_iters <= settings.lr_warmup_iters:
+        yield (
+            f"optimizer.lr_decay_iters = {settings.lr_decay_iters} must be above optimizer.lr_warmup_iters = "
+            f"{settings.lr_warmup_iters}: it counts the warm-up too"
+        )
+    if settings.min_lr > settings.lr:
+        yield f"optimizer.min_lr = {settings.min_lr} is above optimizer.lr = {settings.lr}; lower it"
+
+
+def _checkpoint(config: Config) -> Iterator[str]:
+    if config.checkpoint.save is None:
+        yield from _idle(
+            config,
+            "has no effect while checkpoint.save is null; give that a folder",
+            *(
+                f"checkpoint.{name}"
+                for name in ("save_interval", "async_save", "keep_last", "verify_checksums", "load_optim")
+            ),
         )
 
 

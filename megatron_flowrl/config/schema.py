@@ -20,7 +20,7 @@ class ModelConfig:
     """Which model, and where its weights come from."""
 
     path: str = ""
-    """Hugging Face model folder. Must be given."""
+    """Hugging Face model folder, or a checkpoint of this program. Must be given."""
 
     init: Literal["pretrained", "random"] = "pretrained"
     """Weights: `pretrained` reads them from the folder; `random` draws them from `seed` and needs only
@@ -161,6 +161,21 @@ class OptimizerConfig:
     clip_grad: NonNegativeFloat = 1.0
     """Largest global L2 norm of the gradient. 0: no clipping."""
 
+    # Megatron: linear, with a length that is always given. FlowRL's published recipe is constant after the warm-up.
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up."""
+
+    # Megatron: 0; FlowRL's published recipe.
+    lr_warmup_iters: NonNegativeInt = 10
+    """Steps over which the learning rate rises from lr / lr_warmup_iters to lr; a step is one rollout and its
+    updates."""
+
+    lr_decay_iters: PositiveInt | None = None
+    """Step at which a linear or cosine course reaches min_lr, the warm-up included. Must be given for them."""
+
+    min_lr: NonNegativeFloat = 0.0
+    """Learning rate at the end of a linear or cosine course."""
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
@@ -198,6 +213,31 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class CheckpointConfig:
+    """Saving the state of training, and going on from it."""
+
+    save: Annotated[str, Field(min_length=1)] | None = None
+    """Folder of the run's checkpoints, on a file system that all nodes share. A start goes on from the newest good
+    one in it. null: nothing is saved."""
+
+    save_interval: PositiveInt = 10
+    """Steps between two checkpoints."""
+
+    async_save: bool = True
+    """Go on training while a checkpoint is written. Its memory is a snapshot: what training changes meanwhile is held
+    twice."""
+
+    keep_last: PositiveInt = 3
+    """Checkpoints kept; older ones are deleted when a new one is whole."""
+
+    verify_checksums: bool = True
+    """Read every file of a checkpoint for its SHA-256 before loading it. false: only sizes are compared."""
+
+    load_optim: bool = True
+    """Load the optimizer's state, and stop where a checkpoint has none. false: begin with a fresh optimizer."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class LoggingConfig:
     """What is printed."""
 
@@ -225,4 +265,5 @@ class Config:
     data: DataConfig = DataConfig()
     log_prob: LogProbConfig = LogProbConfig()
     reference: ReferenceConfig = ReferenceConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()

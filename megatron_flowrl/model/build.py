@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,16 +23,22 @@ class ParallelModel:
     """One model, cut as the configuration says.
 
     `modules` are this rank's chunks, bare; `chunks` are what the schedules run: the same, or each in Megatron's DDP.
+    `log_z` says that the last stage, wherever it is, has a partition function.
     """
 
     architecture: Architecture
     transformer_config: TransformerConfig
     modules: list[LanguageModel]
     chunks: list[Any]
+    log_z: bool = False
 
 
-def build_parallel_model(architecture: Architecture, config: Config, platform: Platform) -> ParallelModel:
+def build_parallel_model(
+    architecture: Architecture, config: Config, platform: Platform, *, log_z: bool = False
+) -> ParallelModel:
     """Allocate this rank's chunks; weights come with `load_weights`, training with `wrap_for_training`.
+
+    With `log_z` the last stage has a partition function too, which starts from `config.seed`.
 
     Parameters keep the dtype they are made with: Megatron's Float16Module is not used, as it would also turn the
     fp32 heads of this project into bf16.
@@ -45,9 +53,11 @@ def build_parallel_model(architecture: Architecture, config: Config, platform: P
         stages = list(range(parallel.virtual_pipeline_model_parallel_size))
     modules = []
     for stage in stages:
-        module = build_language_model(architecture, settings, platform, padded_vocab=vocab, vp_stage=stage)
+        module = build_language_model(architecture, settings, platform, padded_vocab=vocab, vp_stage=stage, log_z=log_z)
+        if log_z and module.post_process:
+            module.log_z.initialize(config.seed)
         modules.append(module.to(platform.device))
-    return ParallelModel(architecture, settings, modules, list(modules))
+    return ParallelModel(architecture, settings, modules, list(modules), log_z)
 
 
 def freeze(model: ParallelModel) -> ParallelModel:
@@ -85,7 +95,24 @@ def wrap_for_training(model: ParallelModel, config: Config) -> ParallelModel:
     if ddp.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
         settings.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
-    return ParallelModel(model.architecture, settings, model.modules, chunks)
+    return replace(model, chunks=chunks)
+
+
+@contextmanager
+def weights_in_place(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Have all weights in place while the block runs, for whoever reads them outside a forward pass.
+
+    Under `overlap_param_gather` the gathering of updated weights is left to hooks of the next forward pass: before
+    it, parameters hold stale parts, and inside the block those hooks would run in the midst of things.
+    """
+    lazy = [c for c in chunks if isinstance(c, DistributedDataParallel) and c.use_forward_hook]
+    for chunk in lazy:
+        chunk.disable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        for chunk in lazy:
+            chunk.enable_forward_pre_hook()
 
 
 def finalize_gradients(chunks: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:

@@ -17,8 +17,12 @@ from torch import Tensor
 
 from megatron_flowrl.model.architecture import Architecture
 from megatron_flowrl.model.layer_specs import decoder_spec
+from megatron_flowrl.model.partition_function import PartitionFunction
 from megatron_flowrl.ops.linear_log_prob import linear_log_prob
 from megatron_flowrl.platform import Platform
+
+# Prefixes of what a model holds beside the language model: never in a Hugging Face folder, nor in the sampler.
+OWN_HEADS = ("log_z.",)
 
 EntropyMode = Literal["none", "detached", "differentiable"]
 
@@ -92,11 +96,16 @@ class LogProbOutputLayer(tensor_parallel.ColumnParallelLinear):
 
 
 class LanguageModel(GPTModel):
-    """A GPT whose `labels` argument takes a LogProbRequest (and still a label tensor, or nothing for logits)."""
+    """A GPT whose `labels` argument takes a LogProbRequest (and still a label tensor, or nothing for logits).
 
-    def __init__(self, *args: Any, true_vocab_size: int, **kwargs: Any) -> None:
+    With `log_z` its last stage also has the partition function, under that name.
+    """
+
+    def __init__(self, *args: Any, true_vocab_size: int, log_z: bool = False, **kwargs: Any) -> None:
         self._true_vocab_size = true_vocab_size
         super().__init__(*args, **kwargs)
+        if log_z and self.post_process:
+            self.log_z = PartitionFunction(self.config.hidden_size)
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Put our output layer in place before Megatron marks and ties its weight."""
@@ -135,6 +144,7 @@ def build_language_model(
     *,
     padded_vocab: int,
     vp_stage: int | None = None,
+    log_z: bool = False,
 ) -> LanguageModel:
     """Build this rank's part of the model; its weights are allocated, not initialised."""
     stage = {"vp_stage": vp_stage, "ignore_virtual": vp_stage is None}
@@ -151,6 +161,7 @@ def build_language_model(
         rotary_base=architecture.rope_theta,
         vp_stage=vp_stage,
         true_vocab_size=architecture.vocab_size,
+        log_z=log_z,
     )
     # Megatron has one kind of scaling, with constants of its own.
     model.rotary_pos_emb.inv_freq = torch.tensor(architecture.rope_inv_freq, device=platform.device)

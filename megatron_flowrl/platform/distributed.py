@@ -133,6 +133,20 @@ def check_agreement(what: str, content: object) -> None:
         raise SharedUserError(f"{what} is not the same on rank 0 and on rank {', '.join(map(str, others[:8]))}")
 
 
+def layout_of() -> dict[str, int]:
+    """The sizes of the groups that were made."""
+    from megatron.core import parallel_state
+
+    return {
+        "world_size": dist.get_world_size(),
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual_pipeline_model_parallel_size": (parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1),
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+        "data_parallel_size": parallel_state.get_data_parallel_world_size(),
+    }
+
+
 def to_all_pipeline_stages(values: torch.Tensor) -> torch.Tensor:
     """Broadcast what the last pipeline stage holds, in place: one collective for one flat tensor."""
     from megatron.core import parallel_state

@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass
 from importlib import metadata
 
+from megatron_flowrl import __version__
 from megatron_flowrl.config import UserError
 
 MINIMUM_MEGATRON = (0, 16)
@@ -43,6 +44,18 @@ def find_libraries() -> Libraries:
         fused_weight_gradient=importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         fused_adam="transformer_engine" if transformer_engine else "apex" if apex else None,
     )
+
+
+def versions() -> dict[str, str]:
+    """Versions by name, of this program and of the libraries that results and files depend on."""
+    libraries = find_libraries()
+    found = {
+        "megatron_flowrl": __version__,
+        "megatron_core": libraries.megatron_core,
+        "torch": libraries.torch,
+        "transformer_engine": libraries.transformer_engine,
+    }
+    return {name: version for name, version in found.items() if version is not None}
 
 
 def _version(package: str, *modules: str) -> str | None:

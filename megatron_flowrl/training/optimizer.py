@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
@@ -27,6 +28,7 @@ class Optimizer:
         self._chunks = model.chunks
         self._gathers_lazily = config.ddp.overlap_param_gather
         self.megatron: MegatronOptimizer = get_megatron_optimizer(_optimizer_config(config), model.chunks)
+        _allocate_states(self.megatron)
 
     def zero_grad(self) -> None:
         """Empty the gradient buffers; to be called before every mini-batch."""
@@ -47,11 +49,27 @@ class Optimizer:
         return StepResult(bool(updated), float(grad_norm) if grad_norm is not None else 0.0)
 
 
+def _allocate_states(optimizer: MegatronOptimizer) -> None:
+    """Make Adam's states now, as its first step would: a checkpoint is loaded into them."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        if not isinstance(inner, torch.optim.AdamW):
+            part.init_state_fn(inner, part.config)
+            continue
+        for parameter in (p for group in inner.param_groups for p in group["params"]):
+            inner.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
 def _optimizer_config(config: Config) -> MegatronOptimizerConfig:
     settings, dtype = config.optimizer, config.precision.dtype
     return MegatronOptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
+        min_lr=settings.min_lr,
         weight_decay=settings.weight_decay,
         adam_beta1=settings.adam_beta1,
         adam_beta2=settings.adam_beta2,

@@ -7,12 +7,11 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 
 from megatron_flowrl.checkpoint.load import load_to_host, load_weights
 from megatron_flowrl.checkpoint.sources import WeightSource
 from megatron_flowrl.config import Config
-from megatron_flowrl.model.build import ParallelModel, build_parallel_model, freeze
+from megatron_flowrl.model.build import ParallelModel, build_parallel_model, freeze, weights_in_place
 from megatron_flowrl.platform import Platform
 
 
@@ -29,7 +28,7 @@ class ResidentReference:
 
     def __init__(self, policy: ParallelModel, source: WeightSource, config: Config, platform: Platform) -> None:
         self._model = freeze(build_parallel_model(policy.architecture, config, platform))
-        load_weights(self._model.modules, policy.architecture, source)
+        load_weights(self._model, source)
 
     @contextmanager
     def active(self) -> Iterator[Sequence[torch.nn.Module]]:
@@ -46,12 +45,12 @@ class HostReference:
 
     def __init__(self, policy: ParallelModel, source: WeightSource, platform: Platform) -> None:
         self._policy = policy
-        self._waiting = load_to_host(policy.modules, policy.architecture, source, pin_memory=platform.is_cuda)
+        self._waiting = load_to_host(policy, source, pin_memory=platform.is_cuda)
 
     @contextmanager
     def active(self) -> Iterator[Sequence[torch.nn.Module]]:
         """The policy's chunks, holding the reference's weights until the block is left."""
-        with _gathered(self._policy.chunks):
+        with weights_in_place(self._policy.chunks):
             self._exchange()
             try:
                 yield self._policy.chunks
@@ -74,23 +73,6 @@ def build_reference(policy: ParallelModel, source: WeightSource, config: Config,
     if config.reference.placement == "host":
         return HostReference(policy, source, platform)
     return ResidentReference(policy, source, config, platform)
-
-
-@contextmanager
-def _gathered(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Have all of the policy's weights in place, and nobody gather them again meanwhile.
-
-    Under `overlap_param_gather` the gathering is left to hooks of the next forward pass; they would run in the midst
-    of the exchange.
-    """
-    lazy = [c for c in chunks if isinstance(c, DistributedDataParallel) and c.use_forward_hook]
-    for chunk in lazy:
-        chunk.disable_forward_pre_hook()
-    try:
-        yield
-    finally:
-        for chunk in lazy:
-            chunk.enable_forward_pre_hook()
 
 
 __all__ = ["HostReference", "Reference", "ResidentReference", "build_reference"]

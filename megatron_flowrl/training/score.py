@@ -16,6 +16,7 @@ from typing import IO
 import torch
 
 from megatron_flowrl.checkpoint.load import load_weights
+from megatron_flowrl.checkpoint.locate import locate_model
 from megatron_flowrl.checkpoint.sources import open_source
 from megatron_flowrl.config import Config, SharedUserError, UserError, check_config, data_parallel_size
 from megatron_flowrl.data.batch import TokenSequence
@@ -57,7 +58,8 @@ def score(config: Config, world: World, input_path: str, output_path: str) -> No
     initialize_process_groups(world, config.parallel, platform, config.seed)
     try:
         with together():
-            architecture = read_architecture(config.model.path)
+            folder = locate_model(config.model.path).hugging_face
+            architecture = read_architecture(folder)
             check_layout(architecture, config)
             if world.rank == 0:  # the one that writes
                 _check_output(input_path, output_path)
@@ -66,16 +68,16 @@ def score(config: Config, world: World, input_path: str, output_path: str) -> No
                 input_path,
                 vocab_size=architecture.vocab_size,
                 max_length=max_sequence_length(architecture, config),
-                encode=lambda: load_encode(config.data.tokenizer or config.model.path),
+                encode=lambda: load_encode(config.data.tokenizer or folder),
             )
         check_agreement(f"--input {input_path!r}", sequences)
-        check_agreement(f"{config.model.path}/config.json", architecture)
+        check_agreement(f"{folder}/config.json", architecture)
         with alike():
             packing = plan([len(s) for s in sequences], packing_rules(config, architecture, replicas))
         logger.info("%s, %s", _layout(config, world, replicas), packing.describe())
 
         model = freeze(build_parallel_model(architecture, config, platform))
-        load_weights(model.modules, architecture, source)
+        load_weights(model, source)
         started = time.perf_counter()
         scored = _score(model.chunks, sequences, packing, config, platform, world)
         seconds = time.perf_counter() - started

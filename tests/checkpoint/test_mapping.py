@@ -210,8 +210,8 @@ def test_loading_fills_every_element(name: str, dtype: str, tmp_path: Path, one_
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.fill_(float("nan"))
-    load_weights(model.modules, model.architecture, source)
-    hosted = load_to_host(model.modules, model.architecture, source, pin_memory=False)
+    load_weights(model, source)
+    hosted = load_to_host(model, source, pin_memory=False)
 
     parameters = dict(global_parameters(module))
     assert all(torch.equal(a, b) for a, b in zip(parameters.values(), hosted, strict=True))

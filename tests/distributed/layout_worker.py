@@ -76,7 +76,7 @@ def run_layout(layout: Layout, models: Path) -> dict[str, Any] | None:
     check_layout(architecture, config)
     initialize_process_groups(world, config.parallel, platform, config.seed)
     model = build_parallel_model(architecture, config, platform)
-    load_weights(model.modules, architecture, open_source(config, architecture))
+    load_weights(model, open_source(config, architecture))
     model = wrap_for_training(model, config)
 
     sequences, order = sequences_of(layout), order_of(layout)

@@ -51,7 +51,7 @@ def run_variant(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     initialize_process_groups(world, config.parallel, platform, config.seed)
     model = build_parallel_model(architecture, config, platform)
     source = open_source(config, architecture)
-    load_weights(model.modules, architecture, source)
+    load_weights(model, source)
     model = wrap_for_training(model, config)
     optimizer = Optimizer(model, config)
     sequences = random_sequences(NUM_SEQUENCES, seed=5)

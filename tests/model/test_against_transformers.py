@@ -81,7 +81,7 @@ def load_scorer(folder: Path, platform: Platform, dtype: str = "float32") -> Sco
     config = load_config(None, [f"model.path={folder}", f"precision.dtype={dtype}"])
     architecture = read_architecture(folder)
     model = freeze(build_parallel_model(architecture, config, platform))
-    load_weights(model.modules, architecture, SafetensorsSource(folder, architecture))
+    load_weights(model, SafetensorsSource(folder, architecture))
     return Scorer(model, config, platform)
 
 

@@ -36,7 +36,7 @@ class Run:
         architecture = read_architecture(folder)
         source = SafetensorsSource(folder, architecture)
         bare = build_parallel_model(architecture, self.config, platform)
-        load_weights(bare.modules, architecture, source)
+        load_weights(bare, source)
         self.policy: ParallelModel = wrap_for_training(bare, self.config)
         self.optimizer = Optimizer(self.policy, self.config)
         self.reference: Reference = build_reference(self.policy, source, self.config, platform)
@@ -115,7 +115,7 @@ def test_reference_takes_its_weights_from_the_source_not_from_the_policy(
     run = Run(folder, one_rank_platform, "reference.placement=host")
     expected = run.reference_log_probs()
     architecture = run.policy.architecture
-    load_weights(run.policy.modules, architecture, RandomSource(architecture, seed=3))
+    load_weights(run.policy, RandomSource(architecture, seed=3))
     later = build_reference(run.policy, SafetensorsSource(folder, architecture), run.config, one_rank_platform)
     with later.active() as chunks:
         assert torch.equal(run._log_probs(list(chunks)), expected)

@@ -1,0 +1,87 @@
+"""The folder of a run's checkpoints: one folder a step, and `latest`, a file that names the newest whole one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from megatron_flowrl.checkpoint.atomic import partials_in, publish, remove, write_file
+from megatron_flowrl.checkpoint.manifest import MANIFEST_FILE
+from megatron_flowrl.config import UserError
+
+LATEST_FILE = "latest"
+_STEP = re.compile(r"step_(\d{8,})")
+
+
+class CheckpointFolder:
+    """`root` need not exist yet. Only one rank may change it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path_of(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self.root / f"step_{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, oldest first. One that is newer than `latest` is whole too: the run was cut
+        off between giving it its name and pointing to it."""
+        if not self.root.is_dir():
+            return []
+        matches = [_STEP.fullmatch(path.name) for path in self.root.iterdir() if path.is_dir()]
+        return sorted(int(match[1]) for match in matches if match)
+
+    def latest(self) -> int | None:
+        """The step that `latest` names; None without the file. Raises UserError where it cannot be understood."""
+        path = self.root / LATEST_FILE
+        try:
+            content = path.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+        match = _STEP.fullmatch(content)
+        if match is None:
+            raise UserError(f"{path} holds {content[:80]!r}; it should hold the name of a checkpoint, as step_00000010")
+        return int(match[1])
+
+    def commit(self, partial: Path, step: int) -> None:
+        """Everything is written: put the checkpoint in its place, then name it in `latest`."""
+        final = self.path_of(step)
+        if final.exists():
+            remove(final)
+        publish(partial, final)
+        write_file(self.root / LATEST_FILE, final.name + "\n")
+
+    def prune(self, keep: int) -> list[int]:
+        """Delete all but the newest `keep`, never the one that `latest` names; returns the deleted steps."""
+        doomed = [step for step in self.steps()[:-keep] if step != self.latest()]
+        for step in doomed:
+            remove(self.path_of(step))
+        return doomed
+
+    def sweep(self) -> None:
+        """Delete what attempts that were cut off have left behind."""
+        for partial in partials_in(self.root):
+            remove(partial)
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """The checkpoint that `path` means: itself, or the latest in a run's folder; None where it is neither.
+
+    Raises UserError for a run's folder whose `latest` leads nowhere.
+    """
+    if (path / MANIFEST_FILE).is_file():
+        return path
+    folder = CheckpointFolder(path)
+    latest = folder.latest()
+    if latest is None:
+        if folder.steps():
+            raise UserError(f"{path} holds checkpoints but no file {LATEST_FILE!r}: give one of its folders")
+        return None
+    if not folder.path_of(latest).is_dir():
+        raise UserError(
+            f"{path / LATEST_FILE} names {folder.path_of(latest).name}, which is not there; "
+            f"there are {', '.join(folder.path_of(step).name for step in folder.steps()) or 'no checkpoints'}"
+        )
+    return folder.path_of(latest)

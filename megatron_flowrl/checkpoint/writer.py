@@ -1,0 +1,240 @@
+"""Save checkpoints while training goes on.
+
+A save copies nothing itself: Megatron forks a writer on every rank, whose memory is a snapshot of this moment, and
+training goes on at once. What is written has a hidden name until everything, the manifest with its checksums last,
+is on disk; only then does the folder get its name, and `latest` after it. So a run that is killed at any instant
+finds the checkpoints it had, or one more.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_flowrl.checkpoint.atomic import partial_path, remove
+from megatron_flowrl.checkpoint.companions import copy_companions
+from megatron_flowrl.checkpoint.folder import CheckpointFolder
+from megatron_flowrl.checkpoint.locate import COMPANIONS
+from megatron_flowrl.checkpoint.manifest import (
+    FileRecord,
+    Manifest,
+    describe_architecture,
+    record_file,
+    record_files,
+    write_manifest,
+)
+from megatron_flowrl.checkpoint.processes import die_with_parent, install_result_queue
+from megatron_flowrl.checkpoint.state import TrainingState, bytes_to_write
+from megatron_flowrl.config import Config, SharedUserError, UserError, to_dict
+from megatron_flowrl.model.build import weights_in_place
+from megatron_flowrl.observe.log import logger
+from megatron_flowrl.platform.distributed import layout_of, together
+from megatron_flowrl.platform.libraries import versions
+
+_COMMON_FILE = "common.pt"
+_HEADROOM = 2**24  # bytes for what is written beside tensors
+
+
+@dataclass(frozen=True)
+class _Save:
+    step: int
+    partial: Path
+    started: float
+
+
+class CheckpointWriter:
+    """Saves the states of one run. Every method is called by all ranks together.
+
+    A save that fails is logged as an error and leaves no trace, and training may go on: `last_saved` is the step of
+    the newest checkpoint that this run has finished.
+    """
+
+    def __init__(self, root: Path, config: Config, companions: Path) -> None:
+        self._folder = CheckpointFolder(root)
+        self._config = config
+        self._companions = companions
+        self._queue = AsyncCallsQueue(persistent=False)
+        self._pending: _Save | None = None
+        self._validated = False
+        self.last_saved: int | None = None
+        install_result_queue()
+        with together(), self._disk():
+            if dist.get_rank() == 0:
+                root.mkdir(parents=True, exist_ok=True)
+                self._folder.sweep()
+
+    def save(self, state: TrainingState, step: int, progress: Mapping[str, int]) -> None:
+        """Begin to save; the state may change as soon as this returns. Waits for a save that is still under way.
+
+        Without `checkpoint.async_save` it returns when the save is on disk or has failed.
+        """
+        if self._pending is not None:
+            logger.info("step %d waits for the checkpoint of step %d", step, self._pending.step)
+            self.wait()
+        token = [secrets.token_hex(4)]
+        dist.broadcast_object_list(token, src=0)
+        begun = time.perf_counter()
+        try:
+            with weights_in_place(state.model.chunks):
+                sharded = state.sharded_state_dict()
+                self._pending = _Save(step, partial_path(self._folder.path_of(step), token[0]), begun)
+                self._begin(self._pending, sharded)
+                self._schedule(self._pending, sharded, state, progress)
+        except (CheckpointException, CheckpointingException, SharedUserError) as error:
+            self._give_up(step, _reason(error))
+        if not self._config.checkpoint.async_save:
+            self.wait()
+
+    def poll(self) -> None:
+        """Finish a save whose writers are done; cheap otherwise. To be called between steps."""
+        self._finish(blocking=False)
+
+    def wait(self) -> None:
+        """Wait until the save under way, if any, is on disk or has failed."""
+        self._finish(blocking=True)
+
+    def _begin(self, pending: _Save, sharded: Mapping[str, Any]) -> None:
+        needed = [0] * dist.get_world_size()
+        dist.all_gather_object(needed, bytes_to_write(sharded))
+        with together(), self._disk():
+            if dist.get_rank() == 0:
+                free = shutil.disk_usage(self._folder.root).free
+                if free < sum(needed) + _HEADROOM:
+                    raise UserError(
+                        f"{self._folder.root} has {free / 1e9:.2f} GB free and the checkpoint takes "
+                        f"{(sum(needed) + _HEADROOM) / 1e9:.2f} GB: make room, or lower checkpoint.keep_last"
+                    )
+                (pending.partial / COMPANIONS).mkdir(parents=True)
+                copy_companions(self._companions, pending.partial / COMPANIONS)
+
+    def _schedule(
+        self, pending: _Save, sharded: dict[str, Any], state: TrainingState, progress: Mapping[str, int]
+    ) -> None:
+        partial_folder = pending.partial
+        request = dist_checkpointing.save(
+            sharded,
+            str(partial_folder),
+            async_sharded_save=True,
+            validate_access_integrity=not self._validated,  # the layout does not change within a run
+        )
+        self._validated = True
+        if request.async_fn is not None:
+            write = partial(_write_and_record, request.async_fn, partial_folder, dist.get_rank())
+            request = request._replace(async_fn=write)
+        manifest = partial(
+            Manifest,
+            step=pending.step,
+            parts=state.parts,
+            progress=dict(progress),
+            architecture=describe_architecture(state.model.architecture),
+            config=to_dict(self._config),
+            layout=layout_of(),
+            versions=versions(),
+        )
+        request.add_finalize_fn(partial(self._commit, partial_folder, pending.step, manifest))
+        self._queue.schedule_async_request(request)
+
+    def _finish(self, *, blocking: bool) -> None:
+        if self._pending is None:
+            return
+        pending = self._pending
+        try:
+            if not self._queue.maybe_finalize_async_calls(blocking=blocking):
+                return
+        except (CheckpointException, CheckpointingException, SharedUserError) as error:
+            # Megatron and `together` raise on every rank; the reason is known to rank 0.
+            self._give_up(pending.step, _reason(error))
+            return
+        self._pending, self.last_saved = None, pending.step
+        logger.info(
+            "checkpoint %s written in %.1f s", self._folder.path_of(pending.step), time.perf_counter() - pending.started
+        )
+
+    def _commit(self, partial_folder: Path, step: int, manifest: Callable[..., Manifest]) -> None:
+        """Runs on all ranks once all of them have written their files, and Megatron its own."""
+        with together(), self._disk():
+            if dist.get_rank() == 0:
+                _write_common_file(partial_folder)
+                write_manifest(
+                    partial_folder, manifest(files=record_files(partial_folder, _take_records(partial_folder)))
+                )
+                self._folder.commit(partial_folder, step)
+                self._folder.prune(self._config.checkpoint.keep_last)
+
+    def _give_up(self, step: int, reason: str) -> None:
+        pending, self._pending = self._pending, None
+        if dist.get_rank() == 0 and pending is not None:
+            with _tolerating_errors():
+                remove(pending.partial)
+        good = "none was written yet" if self.last_saved is None else f"the last good one is of step {self.last_saved}"
+        logger.error("the checkpoint of step %d could not be written (%s); %s", step, reason, good)
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"checkpoint.save = {str(self._folder.root)!r} cannot be written: {error.strerror or error}"
+            ) from error
+
+
+def _write_and_record(write: Callable[..., None], folder: Path, rank: int, *args: Any, **kwargs: Any) -> None:
+    """In the writer's process: Megatron's writing, then the checksums of what this rank has written."""
+    die_with_parent()
+    write(*args, **kwargs)
+    files = sorted(folder.glob(f"__{rank}_*.distcp"))
+    records = {file.name: asdict(record_file(file)) for file in files}
+    (folder / _RECORDS.format(rank)).write_text(json.dumps(records), encoding="utf-8")
+
+
+_RECORDS = ".records_{}.json"
+
+
+def _take_records(folder: Path) -> dict[str, FileRecord]:
+    """The checksums that the writers have left; a file without one is read again for it."""
+    known: dict[str, FileRecord] = {}
+    for path in folder.glob(_RECORDS.format("*")):
+        known |= {name: FileRecord(**record) for name, record in json.loads(path.read_text(encoding="utf-8")).items()}
+        path.unlink()
+    return known
+
+
+def _write_common_file(folder: Path) -> None:
+    """Megatron-Core 0.19 keeps what is not a tensor inside the tensors' files, where 0.16 does not find it.
+
+    Both read the older way.
+    """
+    if not (folder / _COMMON_FILE).exists():
+        torch.save(dist_checkpointing.load_common_state_dict(str(folder)), folder / _COMMON_FILE)
+
+
+def _reason(error: BaseException) -> str:
+    failures = getattr(error, "failures", None)
+    if failures:
+        first = next(iter(failures.values()))
+        return " ".join(str(first[0] if isinstance(first, tuple) else first).split())
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def _tolerating_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        logger.warning("could not tidy up: %s", error)
