@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -96,18 +97,26 @@ def _parts(optimizer: MegatronOptimizer) -> list[Any]:
 def _ranges(part: Any) -> Iterator[_Range]:
     inner = part.optimizer.state
     if isinstance(part, DistributedOptimizer):
-        for by_dtype in part.gbuf_ranges:
-            for bucket in (bucket for buckets in by_dtype.values() for bucket in buckets):
-                for parameter, ranges in bucket["param_map"].items():
-                    group, order = part.model_param_group_index_map[parameter]
-                    main = part.optimizer.param_groups[group]["params"][order]
-                    where = ranges["param"]
-                    yield _Range(parameter, where.start, where.end, _states(parameter, main, inner), replicated=False)
+        # Not by `model_param_group_index_map`: it is wrong where a group has bf16 and fp32 parameters.
+        where = {
+            parameter: ranges["param"]
+            for by_dtype in part.gbuf_ranges
+            for buckets in by_dtype.values()
+            for bucket in buckets
+            for parameter, ranges in bucket["param_map"].items()
+        }
+        for models, shards in (
+            (part.model_float16_groups, part.shard_fp32_from_float16_groups),
+            (part.model_fp32_groups, part.shard_fp32_groups),
+        ):
+            for parameter, main in zip(chain(*models), chain(*shards), strict=True):
+                states = _states(parameter, main, inner)
+                yield _Range(parameter, where[parameter].start, where[parameter].end, states, replicated=False)
     elif isinstance(part, Float16OptimizerWithFloat16Params):
         for parameters, mains in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
             for parameter, main in zip(parameters, mains, strict=True):
                 yield _Range(parameter, 0, parameter.numel(), _states(parameter, main, inner), replicated=True)
-        for parameter in (p for group in part.fp32_from_fp32_groups for p in group):
+        for parameter in chain(*part.fp32_from_fp32_groups):
             yield _Range(parameter, 0, parameter.numel(), _states(parameter, parameter, inner), replicated=True)
     elif isinstance(part, FP32Optimizer):
         for parameter in part.get_parameters():
