@@ -30,19 +30,21 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	for script in benchmarks/*.py; do $(VENV)/bin/python $$script || exit 1; done
 
-$(VENV)/.installed: $(REQUIREMENTS) setup.py
+$(VENV)/.installed: $(REQUIREMENTS) requirements/vllm.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(call fill,$(VENV))
+	$(VENV)/bin/python -m pip install --quiet --no-deps -r requirements/vllm.txt
+	touch $@
 
 $(VENV_LATEST)/.installed: $(REQUIREMENTS) setup.py
 	$(PYTHON_LATEST) -m venv $(VENV_LATEST)
 	$(call fill,$(VENV_LATEST))
+	touch $@
 
 define fill
 	$(1)/bin/python -m pip install --quiet --upgrade pip setuptools
 	$(1)/bin/python -m pip install --quiet $(foreach file,$(REQUIREMENTS),-r $(file))
 	$(1)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
-	touch $(1)/.installed
 endef
 
 clean:

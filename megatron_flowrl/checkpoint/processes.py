@@ -28,7 +28,9 @@ class ResultQueue:
     """What a forked process puts, its parent gets: through an unnamed file that both have open, with no limit."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the run
+        # In memory where that can be, as the disk may be full; open as long as the run.
+        in_memory = hasattr(os, "memfd_create")
+        self._file = os.fdopen(os.memfd_create("results") if in_memory else _unnamed_file(), "w+b")
         self._position = 0
 
     def put(self, item: Any) -> None:
@@ -45,6 +47,12 @@ class ResultQueue:
         content = os.pread(self._file.fileno(), size - self._position, self._position)
         self._position = size
         return pickle.loads(content)
+
+
+def _unnamed_file() -> int:
+    handle, path = tempfile.mkstemp()
+    os.unlink(path)
+    return handle
 
 
 def install_result_queue() -> None:

@@ -119,8 +119,7 @@ class CheckpointWriter:
                         f"{self._folder.root} has {free / 1e9:.2f} GB free and the checkpoint takes "
                         f"{(sum(needed) + _HEADROOM) / 1e9:.2f} GB: make room, or lower checkpoint.keep_last"
                     )
-                (pending.partial / COMPANIONS).mkdir(parents=True)
-                copy_companions(self._companions, pending.partial / COMPANIONS)
+                pending.partial.mkdir()
 
     def _schedule(
         self, pending: _Save, sharded: dict[str, Any], state: TrainingState, progress: Mapping[str, int]
@@ -169,6 +168,8 @@ class CheckpointWriter:
         """Runs on all ranks once all of them have written their files, and Megatron its own."""
         with together(), self._disk():
             if dist.get_rank() == 0:
+                (partial_folder / COMPANIONS).mkdir()
+                copy_companions(self._companions, partial_folder / COMPANIONS)
                 _write_common_file(partial_folder)
                 write_manifest(
                     partial_folder, manifest(files=record_files(partial_folder, _take_records(partial_folder)))
@@ -228,8 +229,16 @@ def _reason(error: BaseException) -> str:
     failures = getattr(error, "failures", None)
     if failures:
         first = next(iter(failures.values()))
-        return " ".join(str(first[0] if isinstance(first, tuple) else first).split())
+        return _explained(" ".join(str(first[0] if isinstance(first, tuple) else first).split()))
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _explained(reason: str) -> str:
+    if "results_queue should not be empty" in reason:
+        return "a writer process ended without a word: killed, or out of memory"
+    if "inline_container" in reason and "unexpected pos" in reason:  # all that torch says of a short write
+        return "the disk did not take all bytes: it is full, or a quota is used up"
+    return reason
 
 
 @contextmanager

@@ -12,10 +12,20 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_flowrl.checkpoint.families import FAMILIES
 from megatron_flowrl.checkpoint.load import global_parameters, load_to_host, load_weights
-from megatron_flowrl.checkpoint.mapping import LocalTensor, Shard, Slice, hugging_face_shapes, local_tensor
+from megatron_flowrl.checkpoint.mapping import (
+    LocalTensor,
+    Shard,
+    Slice,
+    assemble,
+    hugging_face_shapes,
+    is_exported,
+    local_tensor,
+)
 from megatron_flowrl.checkpoint.sources import SafetensorsSource
 from megatron_flowrl.config import load_config
+from megatron_flowrl.model.architecture import FAMILIES as SUPPORTED_FAMILIES
 from megatron_flowrl.model.architecture import Architecture, architecture_of
 from megatron_flowrl.model.build import ParallelModel, build_parallel_model
 from megatron_flowrl.model.gpt import padded_vocab_size
@@ -72,6 +82,36 @@ def test_the_tensors_are_those_of_transformers(name: str) -> None:
     if MODELS[name].tie_word_embeddings:
         del state["lm_head.weight"]  # not in the file
     assert hugging_face_shapes(ARCHITECTURES[name]) == {key: tuple(value.shape) for key, value in state.items()}
+
+
+@pytest.mark.parametrize("divisible_by", [1, 8, 128])
+@pytest.mark.parametrize("tp_size", TP_SIZES)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_parts_of_all_ranks_give_the_tensors_back(name: str, tp_size: int, divisible_by: int) -> None:
+    architecture = ARCHITECTURES[name]
+    tensors, ranks, found = full_tensors(architecture), shards(tp_size, divisible_by), {}
+    for parameter in megatron_names(architecture):
+        assert is_exported(parameter, architecture)
+        parts = []
+        for shard in ranks:
+            local = local_tensor(parameter, architecture, shard)
+            padding = [torch.full((local.padding, architecture.hidden_size), -1.0)] if local.padding else []
+            parts.append(torch.cat([*([put_together(local, tensors)] if local.slices else []), *padding]))
+        found |= assemble(parameter, architecture, parts, ranks[0].padded_vocab)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+
+
+def test_roles_decide_what_is_exported() -> None:
+    tied, untied = ARCHITECTURES["qwen2_tied"], ARCHITECTURES["qwen2"]
+    assert not is_exported("output_layer.weight", tied) and is_exported("output_layer.weight", untied)
+    assert not is_exported("log_z.layers.0.weight", untied)
+    with pytest.raises(KeyError, match=r"'value_head\.weight' has no counterpart"):
+        is_exported("value_head.weight", untied)
+
+
+def test_every_family_has_a_table() -> None:
+    assert set(FAMILIES) == set(SUPPORTED_FAMILIES)
 
 
 @pytest.mark.parametrize("divisible_by", [1, 8, 128])

@@ -1,0 +1,50 @@
+"""What this project exports, vLLM samples from: the same greedy tokens as transformers on the original folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from tests.distributed.ranks import run_worker
+from tests.end_to_end.vllm_server import serve
+
+pytestmark = pytest.mark.distributed
+
+COUNT = 24
+
+
+def test_greedy_tokens_are_those_of_the_original(tmp_path: Path) -> None:
+    config = Qwen2Config(
+        vocab_size=299,
+        hidden_size=128,
+        intermediate_size=160,
+        num_hidden_layers=4,
+        num_attention_heads=4,  # heads of 32: the least that vLLM's attention takes on a CPU
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.15,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(3)
+    original = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    original.save_pretrained(tmp_path / "original")
+    layout = {"parallel.tensor_model_parallel_size": 2, "parallel.pipeline_model_parallel_size": 2}
+    there = {"kind": "import", "source": str(tmp_path / "original"), "target": str(tmp_path / "run")}
+    back = {"kind": "export", "source": str(tmp_path / "run"), "target": str(tmp_path / "exported")}
+    jobs = tmp_path / "jobs.json"
+    jobs.write_text(json.dumps([there | {"settings": layout}, back | {"settings": layout, "max_shard_bytes": 500_000}]))
+    run_worker("tests.distributed.conversion_worker", [str(jobs)], 4)
+    assert (tmp_path / "exported" / "model.safetensors.index.json").is_file()
+
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(299, (length,), generator=generator) for length in (3, 17, 40, 130)]
+    with serve(tmp_path / "exported", tmp_path / "server.log") as server:
+        answers = [server.greedy(prompt.tolist(), COUNT) for prompt in prompts]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        whole = original.generate(prompt[None], max_new_tokens=COUNT, do_sample=False, eos_token_id=None)
+        assert answer == whole[0, len(prompt) :].tolist()
+        assert len(set(answer)) > 3
