@@ -8,6 +8,7 @@ finds the checkpoints it had, or one more.
 
 from __future__ import annotations
 
+import inspect
 import json
 import secrets
 import shutil
@@ -47,6 +48,10 @@ from megatron_flowrl.platform.distributed import layout_of, together
 from megatron_flowrl.platform.libraries import versions
 
 _COMMON_FILE = "common.pt"
+# From 0.19 on the default is a library of NVIDIA's beside Megatron-Core.
+_MEGATRONS_OWN_WRITER = (
+    {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
+)
 _HEADROOM = 2**24  # bytes for what is written beside tensors
 
 
@@ -130,6 +135,7 @@ class CheckpointWriter:
             str(partial_folder),
             async_sharded_save=True,
             validate_access_integrity=not self._validated,  # the layout does not change within a run
+            **_MEGATRONS_OWN_WRITER,
         )
         self._validated = True
         if request.async_fn is not None:
@@ -236,8 +242,9 @@ def _reason(error: BaseException) -> str:
 def _explained(reason: str) -> str:
     if "results_queue should not be empty" in reason:
         return "a writer process ended without a word: killed, or out of memory"
-    if "inline_container" in reason and "unexpected pos" in reason:  # all that torch says of a short write
-        return "the disk did not take all bytes: it is full, or a quota is used up"
+    # All that torch says of a short write, and all that Megatron-Core 0.19 says of any error of the system.
+    if ("inline_container" in reason and "unexpected pos" in reason) or "<class 'OSError'>" in reason:
+        return "the disk did not take all bytes: is it full, or a quota used up?"
     return reason
 
 

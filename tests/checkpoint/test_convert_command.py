@@ -131,7 +131,7 @@ def test_inspect_a_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> 
         r"family     qwen2, tied embeddings: num_layers 4, hidden_size 48, .*vocab_size 299",
         r"  decoder\.layers\.mlp\.linear_fc1\.weight +float32 +4 x 160 x 48 +0\.123 MB",
         r"tensors    9: [\d,]+ float32; 0\.\d MB",
-        r"checksums  7 files, .*: all as written",
+        r"checksums  \d files, .*: all as written",
     ):
         assert re.search(f"^{line}$", printed, re.MULTILINE), line
 
@@ -145,7 +145,7 @@ def test_inspect_a_hugging_face_folder(model: Path, capsys: pytest.CaptureFixtur
 
 def test_inspect_names_a_damaged_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
-    file = copy / "step_00000000" / "__0_1.distcp"
+    file = max((copy / "step_00000000").glob("*.distcp"))
     file.write_bytes(b"x" + file.read_bytes()[1:])
     assert f"{file} is damaged: its SHA-256 is not the one that was recorded" in refused(capsys, "inspect", copy)
 
