@@ -12,6 +12,8 @@ and 12 GB of disk in the folder for temporary files (`TMPDIR`).
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import subprocess
@@ -66,6 +68,8 @@ class PeakMemory:
     """Largest anonymous memory of this process while the block runs, above that at its beginning, in bytes."""
 
     def __enter__(self) -> "PeakMemory":
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before is not to be used again unseen
         self._before, self._done = anonymous_memory(), threading.Event()
         self.peak = 0
         self._thread = threading.Thread(target=self._watch)
@@ -100,7 +104,7 @@ def measured(action: Callable[[], object]) -> dict[str, float]:
     return {"seconds": round(max(s for s, _ in everywhere), 3), "peak_bytes": max(p for _, p in everywhere)}
 
 
-def conversions(folder: Path, world: World) -> dict[str, object]:
+def conversions(folder: Path, world: World, bucket_bytes: int) -> dict[str, object]:
     """Random weights -> checkpoint -> Hugging Face -> checkpoint, and the stream alone; all under TP2."""
     random = Config(
         model=ModelConfig(path=str(folder / "bare"), init="random"), parallel=TP2, precision=BF16, logging=QUIET
@@ -109,7 +113,9 @@ def conversions(folder: Path, world: World) -> dict[str, object]:
     export = Config(model=ModelConfig(path=str(folder / "start")), parallel=TP2, precision=BF16, logging=QUIET)
 
     def hf(config: Config, out: Path) -> None:
-        convert.megatron_to_hugging_face(config, world, out, dtype=None, max_shard_bytes=10**9)
+        convert.megatron_to_hugging_face(
+            config, world, out, dtype=None, max_shard_bytes=10**9, bucket_bytes=bucket_bytes
+        )
 
     exported = measured(lambda: hf(export, folder / "hf"))
     back = replace(export, model=ModelConfig(path=str(folder / "hf")))
@@ -120,7 +126,7 @@ def conversions(folder: Path, world: World) -> dict[str, object]:
     model = build_parallel_model(architecture, back, platform)
     load_weights(model, open_source(back, architecture))
     share = sum(p.nbytes for module in model.modules for p in module.parameters())
-    stream = WeightStream(model)
+    stream = WeightStream(model, bucket_bytes=bucket_bytes)
     total = sum(info.nbytes for info in stream.metadata())
 
     def drain() -> None:
@@ -138,7 +144,7 @@ def conversions(folder: Path, world: World) -> dict[str, object]:
         "parameters": total // 2,
         "bytes": total,
         "share_bytes": share,
-        "bucket_bytes": BUCKET_BYTES,
+        "bucket_bytes": bucket_bytes,
         "largest_tensor_bytes": largest,
         "export": exported,
         "import": imported,
@@ -181,7 +187,7 @@ def saves(folder: Path, world: World) -> dict[str, object]:
     return result
 
 
-def worker(folder: Path) -> None:
+def worker(folder: Path, bucket_bytes: int) -> None:
     leave = convert.destroy_process_groups
     from megatron.core import parallel_state
 
@@ -190,7 +196,7 @@ def worker(folder: Path) -> None:
     configure_logging(QUIET, world.rank)
     initialize_process_groups(world, ParallelConfig(), platform, 0)
     parallel_state.destroy_model_parallel()
-    result = {"conversions": conversions(folder, world), "saves": saves(folder, world)}
+    result = {"conversions": conversions(folder, world, bucket_bytes), "saves": saves(folder, world)}
     if world.rank == 0:
         (folder / "result.json").write_text(json.dumps(result))
     leave()
@@ -201,11 +207,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=64000)
+    parser.add_argument("--bucket-bytes", type=int, default=BUCKET_BYTES)
     parser.add_argument("--small-layers", type=int, default=12, help="layers of the model whose training is saved")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker is not None:
-        worker(given.worker)
+        worker(given.worker, given.bucket_bytes)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -217,9 +224,11 @@ def main() -> None:
             architecture_of(layers, given.hidden, vocab).save_pretrained(folder / which)
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS),
-            __file__, "--worker", name,
+            __file__, "--worker", name, "--bucket-bytes", str(given.bucket_bytes),
         ]  # fmt: skip
-        subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        # A fixed threshold: glibc's own grows, and then it keeps up to 64 MB that were given back to it.
+        settings = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**18)}
+        subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, **settings})
         result = json.loads((folder / "result.json").read_text())
     print_table(result)
     print(json.dumps(circumstances(("torch", "megatron-core", "safetensors")) | result, indent=2))

@@ -16,7 +16,7 @@ from megatron_flowrl.checkpoint.locate import locate_model
 from megatron_flowrl.checkpoint.manifest import read_manifest
 from megatron_flowrl.checkpoint.sources import SafetensorsSource, open_source
 from megatron_flowrl.checkpoint.state import TrainingState
-from megatron_flowrl.checkpoint.stream import WeightStream
+from megatron_flowrl.checkpoint.stream import BUCKET_BYTES, WeightStream
 from megatron_flowrl.checkpoint.writer import CheckpointWriter
 from megatron_flowrl.config import Config, SharedUserError, UserError, check_config, data_parallel_size
 from megatron_flowrl.model.architecture import read_architecture
@@ -62,11 +62,17 @@ def hugging_face_to_megatron(config: Config, world: World, output: Path, *, dtyp
 
 
 def megatron_to_hugging_face(
-    config: Config, world: World, output: Path, *, dtype: str | None, max_shard_bytes: int
+    config: Config,
+    world: World,
+    output: Path,
+    *,
+    dtype: str | None,
+    max_shard_bytes: int,
+    bucket_bytes: int = BUCKET_BYTES,
 ) -> None:
     """Write the weights of the checkpoint `config.model.path` as the Hugging Face folder `output`.
 
-    `dtype`: of the files; None for that of the checkpoint. Raises UserError.
+    `dtype`: of the files; None for that of the checkpoint. `bucket_bytes`: see WeightStream. Raises UserError.
     """
     with alike():
         folder = locate_model(config.model.path)
@@ -80,7 +86,8 @@ def megatron_to_hugging_face(
         config = replace(config, precision=replace(config.precision, dtype=precision["dtype"]))
         check_config(config)
     with _parallel_model(config, world, lambda: check_export_folder(output)) as model:
-        stream = WeightStream(model, dtype=None if dtype is None else getattr(torch, dtype))
+        to = None if dtype is None else getattr(torch, dtype)
+        stream = WeightStream(model, dtype=to, bucket_bytes=bucket_bytes)
         with progress(config.logging, world.rank, len(stream.metadata()), "exporting") as advance:
             export_hugging_face(stream, folder.hugging_face, output, max_shard_bytes=max_shard_bytes, on_tensor=advance)
         logger.info("%s written: %.2f GB", output, sum(tensor.nbytes for tensor in stream.metadata()) / 1e9)

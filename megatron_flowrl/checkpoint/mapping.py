@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-import torch
 from torch import Tensor
 
 from megatron_flowrl.checkpoint.families import FAMILIES, HuggingFaceTensor, Parameter, Role, dimensions
@@ -95,10 +94,10 @@ def local_tensor(name: str, architecture: Architecture, shard: Shard) -> LocalTe
             return LocalTensor(_qkv(tensors, architecture, rank, ranks))
 
 
-def assemble(name: str, architecture: Architecture, parts: Sequence[Tensor], padded_vocab: int) -> dict[str, Tensor]:
-    """The Hugging Face tensors of a Megatron parameter from the parts of all tensor-parallel ranks, in rank order.
+def assemble(name: str, architecture: Architecture, parts: Tensor, padded_vocab: int) -> dict[str, Tensor]:
+    """The Hugging Face tensors of a Megatron parameter from the parts of all tensor-parallel ranks.
 
-    New tensors, but where a tensor is one part as it stands: then a view of it.
+    parts [ranks, *shape of a part], any dtype. New tensors, but views where the parts, as they lie, are the tensor.
     """
     shapes, places = hugging_face_shapes(architecture), []
     for rank, part in enumerate(parts):
@@ -106,15 +105,24 @@ def assemble(name: str, architecture: Architecture, parts: Sequence[Tensor], pad
         for piece in local.slices:
             places.append((piece, part.narrow(local.dim, position, piece.stop - piece.start)))
             position += piece.stop - piece.start
+    if parts.is_contiguous() and _is_laid_in_order([piece for piece, _ in places]):
+        return {places[0][0].name: parts.flatten(0, 1)[: shapes[places[0][0].name][0]]}
     tensors: dict[str, Tensor] = {}
     for piece, values in places:
         if values.shape == shapes[piece.name] and values.is_contiguous():
             tensors[piece.name] = values
             continue
         if piece.name not in tensors:
-            tensors[piece.name] = torch.empty(shapes[piece.name], dtype=values.dtype, device=values.device)
+            tensors[piece.name] = values.new_empty(shapes[piece.name])
         tensors[piece.name].narrow(piece.dim, piece.start, piece.stop - piece.start).copy_(values)
     return tensors
+
+
+def _is_laid_in_order(pieces: Sequence[Slice]) -> bool:
+    """Whether the pieces, end to end, are the rows of one tensor from its first."""
+    return all(piece.name == pieces[0].name and piece.dim == 0 for piece in pieces) and [
+        piece.start for piece in pieces
+    ] == [0, *(piece.stop for piece in pieces[:-1])]
 
 
 @cache

@@ -12,7 +12,7 @@ whole states over the data-parallel ranks for each save, and does not load into 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -48,14 +48,14 @@ class _Piece:
 
 
 def optimizer_tensors(
-    optimizer: MegatronOptimizer, model_state: Mapping[str, Any], vocab_size: int
+    optimizer: MegatronOptimizer, model_state: Sequence[Mapping[str, Any]], vocab_size: int
 ) -> list[ShardedTensor]:
-    """This rank's states, as views of them. `model_state` is the model's sharded state, with the parameters in it.
+    """This rank's states, as views of them. `model_state`: each chunk's sharded state, with the parameters in it.
 
     Rows of padding after the vocabulary, which differ from layout to layout, are left out: their states are 0.
     """
     pieces: dict[int, list[_Piece]] = {}
-    for value in nested_values(model_state):
+    for value in (value for chunk in model_state for value in chunk.values()):
         if isinstance(value, ShardedTensor | ShardedTensorFactory) and value.data is not None:
             pieces[id(value.data)] = _pieces_of(value)
     return [

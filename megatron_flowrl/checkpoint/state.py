@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -41,19 +42,22 @@ class TrainingState:
     def sharded_state_dict(self, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
         """Megatron's description of this rank's parts, with the tensors themselves; all ranks call it together.
 
-        `without`: prefixes of parameters to leave out.
+        Saving writes these tensors, and loading fills them where they lie: fused parameters, which reshard in
+        pieces, are given as views of the pieces. `without`: prefixes of parameters to leave out.
         """
-        models = {
-            f"{MODEL}{index}": {
-                name: value
-                for name, value in module.sharded_state_dict().items()
-                if not (without and name.startswith(without))
+        described = [module.sharded_state_dict() for module in self.model.modules]
+        state: dict[str, Any] = {
+            MODEL: {
+                f"{MODEL}{index}": {
+                    name: _in_pieces(value)
+                    for name, value in module.items()
+                    if not (without and name.startswith(without))
+                }
+                for index, module in enumerate(described)
             }
-            for index, module in enumerate(self.model.modules)
         }
-        state: dict[str, Any] = {MODEL: models}
         if self.optimizer is not None:
-            tensors = optimizer_tensors(self.optimizer, models, self.model.architecture.vocab_size)
+            tensors = optimizer_tensors(self.optimizer, described, self.model.architecture.vocab_size)
             state[OPTIMIZER] = {"step": optimizer_step(self.optimizer), "tensors": tensors}
         if self.schedule is not None:
             state[SCHEDULE] = self.schedule.state_dict()
@@ -61,18 +65,32 @@ class TrainingState:
 
     @torch.no_grad()
     def restore(self, loaded: Mapping[str, Any]) -> None:
-        """Take over what was loaded for `sharded_state_dict`; the optimizer's tensors were loaded where they lie.
+        """Take over what was loaded for `sharded_state_dict` and is not in its place yet.
 
         Learning rate, weight decay, betas and the like stay what the configuration says: only the state comes back.
         """
         for index, module in enumerate(self.model.modules):
-            missing = module.load_state_dict(loaded[MODEL][f"{MODEL}{index}"], strict=False).missing_keys
-            if any(not name.startswith(OWN_HEADS) and not name.endswith("_extra_state") for name in missing):
-                raise RuntimeError(f"the checkpoint did not give {', '.join(missing)}")
+            values = loaded[MODEL][f"{MODEL}{index}"]
+            whole = {name: value for name, value in values.items() if not isinstance(value, list | dict)}
+            missing = module.load_state_dict(whole, strict=False).missing_keys
+            unknown = [
+                name
+                for name in missing
+                if name not in values and not name.startswith(OWN_HEADS) and not name.endswith("_extra_state")
+            ]
+            if unknown:
+                raise RuntimeError(f"the checkpoint did not give {', '.join(unknown)}")
         if self.optimizer is not None:
             set_optimizer_step(self.optimizer, loaded[OPTIMIZER]["step"])
         if self.schedule is not None:
             self.schedule.load_state_dict(loaded[SCHEDULE])
+
+
+def _in_pieces(value: Any) -> Any:
+    """Views of a fused parameter, such as gate and up; a quantised one has none, and is put together again."""
+    if isinstance(value, ShardedTensorFactory) and not is_float8tensor(value.data):
+        return value.build()
+    return value
 
 
 def bytes_to_write(sharded: Mapping[str, Any]) -> int:

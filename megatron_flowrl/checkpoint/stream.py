@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,8 @@ from megatron_flowrl.checkpoint.load import global_parameters, shard_of
 from megatron_flowrl.checkpoint.mapping import Slice, assemble, hugging_face_shapes, is_exported, local_tensor
 from megatron_flowrl.model.build import ParallelModel, weights_in_place
 
-BUCKET_BYTES = 2**28
+BUCKET_BYTES = 2**29
+_IN_FLIGHT = 2  # buckets: one that is used, and the next
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class _Part:
 class _Flight:
     """A bucket under way."""
 
-    def __init__(self, parts: Sequence[_Part], flat: Tensor) -> None:
-        self.parts, self._flat = parts, flat
+    def __init__(self, parts: Sequence[_Part], flat: Tensor, nbytes: int) -> None:
+        self.parts, self.nbytes, self._flat = parts, nbytes, flat
         self._tp_group = parallel_state.get_tensor_model_parallel_group()
         pp_group = parallel_state.get_pipeline_model_parallel_group()
         self._work: dist.Work | None = None
@@ -92,7 +92,7 @@ class WeightStream:
     """An iterable of (Hugging Face name, tensor) over a parallel model.
 
     `dtype` is what the tensors are cast to, once, before they travel where that makes them smaller; None keeps the
-    model's. `bucket_bytes` bounds what is in flight, both buckets together, but a larger tensor travels whole. All
+    model's. `bucket_bytes` bounds the memory beside the model's; a parameter too large for it travels alone. All
     ranks of a replica have to construct it together, and iterate together, to the end. The weights are those of the
     moment when a bucket is packed: do not train meanwhile.
     """
@@ -111,7 +111,9 @@ class WeightStream:
         self._stored = model.transformer_config.params_dtype
         self.dtype = dtype or self._stored
         self._wire = min(self.dtype, self._stored, key=lambda d: d.itemsize)
-        self._bucket_bytes = bucket_bytes
+        largest = max(info.nbytes for info in self.metadata())
+        self._in_flight_bytes = max(bucket_bytes - largest, bucket_bytes // 2)  # beside the tensor in use
+        self._device = next(model.modules[0].parameters()).device
         self._parts = self._survey()
 
     def metadata(self) -> list[TensorInfo]:
@@ -133,12 +135,11 @@ class WeightStream:
         All ranks of a replica have to ask for the same names. A tensor is only good until the next one is asked for.
         """
         with weights_in_place(self._model.chunks):
-            buckets, flights = iter(self._buckets(names)), deque[_Flight]()
-            flights.extend(map(self._launch, islice(buckets, 1)))
-            while flights:
-                flights.extend(map(self._launch, islice(buckets, 1)))
-                flight = flights.popleft()
-                yield from self._unpack(flight, names)
+            waiting, flights = deque(self._buckets(names)), deque[_Flight]()
+            while waiting or flights:
+                while waiting and len(flights) < _IN_FLIGHT and self._has_room(flights, waiting[0]):
+                    flights.append(self._launch(waiting.popleft()))
+                yield from self._unpack(flights.popleft(), names)
 
     def _survey(self) -> list[_Part]:
         """Every parameter of the model in the order of the Hugging Face names, and the stage that has it."""
@@ -158,33 +159,45 @@ class WeightStream:
 
     def _buckets(self, names: Collection[str] | None) -> Iterator[list[_Part]]:
         bucket: list[_Part] = []
-        ranks = parallel_state.get_tensor_model_parallel_world_size()
-        limit = self._bucket_bytes // (2 * ranks * self._wire.itemsize)  # elements a rank gives; two are in flight
         for part in self._parts:
             if names is not None and not any(tensor in names for tensor in self._tensors_of(part.name)):
                 continue
-            if bucket and (part.stage != bucket[0].stage or sum(p.numel for p in bucket) + part.numel > limit):
+            if bucket and (
+                part.stage != bucket[0].stage or self._nbytes([*bucket, part]) > self._in_flight_bytes // _IN_FLIGHT
+            ):
                 yield bucket
                 bucket = []
             bucket.append(part)
         if bucket:
             yield bucket
 
+    def _nbytes(self, bucket: Sequence[_Part]) -> int:
+        """What a bucket in flight takes on a rank: its own part and, gathered, those of all ranks.
+
+        Gloo gathers into memory of its own first.
+        """
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        gathered = 0 if ranks == 1 else ranks if self._device.type == "cuda" else 2 * ranks
+        return sum(part.numel for part in bucket) * self._wire.itemsize * (1 + gathered)
+
+    def _has_room(self, flights: Collection[_Flight], bucket: Sequence[_Part]) -> bool:
+        in_flight = sum(flight.nbytes for flight in flights)
+        return not flights or in_flight + self._nbytes(bucket) <= self._in_flight_bytes
+
     def _launch(self, bucket: Sequence[_Part]) -> _Flight:
-        device = next(self._model.modules[0].parameters()).device
-        flat = torch.empty(sum(part.numel for part in bucket), dtype=self._wire, device=device)
+        flat = torch.empty(sum(part.numel for part in bucket), dtype=self._wire, device=self._device)
         if bucket[0].stage == parallel_state.get_pipeline_model_parallel_rank():
             for part, place in zip(bucket, flat.split([part.numel for part in bucket]), strict=True):
                 parameter = self._own[part.name]
                 values = dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter.detach()
                 place.view(part.shape).copy_(values)
-        return _Flight(bucket, flat)
+        return _Flight(bucket, flat, self._nbytes(bucket))
 
     def _unpack(self, flight: _Flight, names: Collection[str] | None) -> Iterator[tuple[str, Tensor]]:
         gathered = flight.land()
         position, padded_vocab = 0, self._model.modules[0].vocab_size
         for part in flight.parts:
-            shards = [row.narrow(0, position, part.numel).view(part.shape) for row in gathered]
+            shards = gathered.narrow(1, position, part.numel).unflatten(1, part.shape)
             position += part.numel
             for name, tensor in assemble(part.name, self._architecture, shards, padded_vocab).items():
                 if names is None or name in names:

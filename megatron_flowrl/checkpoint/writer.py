@@ -24,7 +24,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_flowrl.checkpoint.atomic import partial_path, remove
@@ -130,6 +133,9 @@ class CheckpointWriter:
         self, pending: _Save, sharded: dict[str, Any], state: TrainingState, progress: Mapping[str, int]
     ) -> None:
         partial_folder = pending.partial
+        for value in nested_values(sharded):
+            if isinstance(value, ShardedTensor):
+                value.data = _without_its_neighbours(value.data)
         request = dist_checkpointing.save(
             sharded,
             str(partial_folder),
@@ -208,6 +214,19 @@ def _write_and_record(write: Callable[..., None], folder: Path, rank: int, *args
     files = sorted(folder.glob(f"__{rank}_*.distcp"))
     records = {file.name: asdict(record_file(file)) for file in files}
     (folder / _RECORDS.format(rank)).write_text(json.dumps(records), encoding="utf-8")
+
+
+def _without_its_neighbours(tensor: Tensor) -> Tensor:
+    """The same memory as a tensor whose storage is no larger than itself.
+
+    Megatron copies a tensor on the CPU that is part of a larger storage, such as a buffer of all gradients or weights,
+    before it writes it, since torch would write the whole storage. A forked writer has a snapshot: no copy is needed.
+    """
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
+        return tensor
+    if tensor.untyped_storage().size() == tensor.nbytes:
+        return tensor
+    return torch.from_numpy(tensor.detach().view(-1).view(torch.uint8).numpy()).view(tensor.dtype).view(tensor.shape)
 
 
 _RECORDS = ".records_{}.json"
