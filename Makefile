@@ -20,7 +20,7 @@ test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest tests $(ARGS)
 
 test-latest: $(VENV_LATEST)/.installed
-	$(VENV_LATEST)/bin/python -m pytest tests/distributed tests/model tests/platform $(ARGS)
+	$(VENV_LATEST)/bin/python -m pytest tests/distributed tests/checkpoint tests/model tests/platform $(ARGS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

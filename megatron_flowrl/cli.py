@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_flowrl import __version__
-from megatron_flowrl.config import Config, SharedUserError, UserError, format_help, load_config
+from megatron_flowrl.config import Config, SharedUserError, UserError, format_help, given_keys, load_config
 from megatron_flowrl.observe.log import configure_logging
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _print(error)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("megatron-flowrl: interrupted; nothing was written", file=sys.stderr)
+        print("megatron-flowrl: interrupted; no file or folder was finished", file=sys.stderr)
         sys.exit(130)
 
 
@@ -115,7 +115,7 @@ def _hf_to_megatron(arguments: Sequence[str]) -> None:
     config, world = _settings(name, given, _CONVERT_SECTIONS, given.HF_DIR)
     from megatron_flowrl.checkpoint.convert import hugging_face_to_megatron
 
-    dtype_given = any(override.startswith("precision.dtype=") for override in given.overrides)
+    dtype_given = "precision.dtype" in given_keys(given.recipe, given.overrides)
     hugging_face_to_megatron(config, world, Path(given.OUT_DIR), dtype_given=dtype_given)
 
 

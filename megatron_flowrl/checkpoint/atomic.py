@@ -21,6 +21,11 @@ def is_partial(path: Path) -> bool:
     return path.name.startswith(".") and _PARTIAL in path.name
 
 
+def final_path(partial: Path) -> Path:
+    """What `partial_path` was given."""
+    return partial.parent / partial.name.removeprefix(".").rpartition(_PARTIAL)[0]
+
+
 def publish(partial: Path, final: Path) -> None:
     """Give the finished folder its name, after everything in it has reached the disk. `final` must not exist."""
     for folder, _, files in os.walk(partial):

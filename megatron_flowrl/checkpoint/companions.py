@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 
 from megatron_flowrl.config import UserError
 
+_CONFIG = "config.json"
 # Names that transformers, vLLM and tokenizers look for, over all families.
 _NAMES = (
-    "config.json",
+    _CONFIG,
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -28,20 +29,29 @@ _NAMES = (
 _FOLDERS = ("additional_chat_templates",)
 
 
-def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Copy them into the folder `target`; a `dtype` goes into config.json, whose weights it then describes."""
-    for name in _NAMES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    for name in _FOLDERS:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, target / name)
+def read_companions(folder: Path) -> dict[str, bytes]:
+    """Path inside the folder -> content. Raises UserError where there is no config.json, or one cannot be read."""
+    found = [folder / name for name in _NAMES]
+    found += [path for name in _FOLDERS for path in sorted((folder / name).rglob("*"))]
+    try:
+        contents = {str(path.relative_to(folder)): path.read_bytes() for path in found if path.is_file()}
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+    if _CONFIG not in contents:
+        raise UserError(f"{folder / _CONFIG} does not exist: it has to go into the checkpoint")
+    return contents
+
+
+def write_companions(contents: Mapping[str, bytes], target: Path, dtype: torch.dtype | None = None) -> None:
+    """Into the folder `target`; a `dtype` goes into config.json, whose weights it then describes."""
+    for name, content in contents.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_bytes(content)
     if dtype is not None:
-        path = target / "config.json"
-        config = _read_json(path)
+        config = _read_json(target / _CONFIG)
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
         config[key] = str(dtype).removeprefix("torch.")
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (target / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

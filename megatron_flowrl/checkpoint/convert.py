@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from megatron_flowrl.checkpoint.atomic import is_partial
 from megatron_flowrl.checkpoint.export import check_export_folder, export_hugging_face
 from megatron_flowrl.checkpoint.load import load_weights
 from megatron_flowrl.checkpoint.locate import locate_model
@@ -18,7 +17,7 @@ from megatron_flowrl.checkpoint.sources import SafetensorsSource, open_source
 from megatron_flowrl.checkpoint.state import TrainingState
 from megatron_flowrl.checkpoint.stream import BUCKET_BYTES, WeightStream
 from megatron_flowrl.checkpoint.writer import CheckpointWriter
-from megatron_flowrl.config import Config, SharedUserError, UserError, check_config, data_parallel_size
+from megatron_flowrl.config import Config, PrecisionConfig, SharedUserError, UserError, check_config, data_parallel_size
 from megatron_flowrl.model.architecture import read_architecture
 from megatron_flowrl.model.build import ParallelModel, build_parallel_model, freeze
 from megatron_flowrl.model.layout import check_layout
@@ -42,16 +41,15 @@ def hugging_face_to_megatron(config: Config, world: World, output: Path, *, dtyp
     UserError.
     """
     with alike():
-        check_config(config)
         folder = locate_model(config.model.path)
         if folder.checkpoint is not None:
             raise UserError(
                 f"{config.model.path!r} is a checkpoint already: hf-to-megatron takes a Hugging Face folder"
             )
-        architecture = read_architecture(folder.hugging_face)
         if not dtype_given and config.model.init == "pretrained":
-            dtype = SafetensorsSource(folder.hugging_face, architecture).dtype
+            dtype = SafetensorsSource(folder.hugging_face, read_architecture(folder.hugging_face)).dtype
             config = replace(config, precision=replace(config.precision, dtype=dtype))
+        check_config(config)
     config = replace(config, checkpoint=replace(config.checkpoint, save=str(output)))
     with _parallel_model(config, world, lambda: _check_run_folder(output)) as model:
         writer = CheckpointWriter(output, config, folder.hugging_face)
@@ -83,7 +81,9 @@ def megatron_to_hugging_face(
         precision = read_manifest(folder.checkpoint).config.get("precision", {})
         if precision.get("dtype") not in DTYPES:
             raise UserError(f"{folder.checkpoint}: its manifest does not say the dtype of the weights")
-        config = replace(config, precision=replace(config.precision, dtype=precision["dtype"]))
+        # This checkpoint, whatever is saved meanwhile, and nothing of how its weights were trained or began.
+        source = replace(config.model, path=str(folder.checkpoint), init="pretrained")
+        config = replace(config, model=source, precision=PrecisionConfig(dtype=precision["dtype"]))
         check_config(config)
     with _parallel_model(config, world, lambda: check_export_folder(output)) as model:
         to = None if dtype is None else getattr(torch, dtype)
@@ -98,7 +98,7 @@ def _check_run_folder(output: Path) -> None:
     if not output.is_dir():
         check_export_folder(output)
         return
-    others = [path.name for path in sorted(output.iterdir()) if not is_partial(path)]
+    others = [path.name for path in sorted(output.iterdir()) if not path.name.startswith(".")]
     if others:
         raise UserError(f"output folder {str(output)!r} is not empty ({others[0]}, ...); give another")
 
@@ -119,6 +119,7 @@ def _parallel_model(config: Config, world: World, check_output: Callable[[], Non
             architecture = read_architecture(locate_model(config.model.path).hugging_face)
             check_layout(architecture, config)
             source = open_source(config, architecture)
+        check_agreement("the checkpoint that the path leads to", config.model.path)
         check_agreement(f"{config.model.path}/config.json", architecture)
         model = freeze(build_parallel_model(architecture, config, platform))
         load_weights(model, source)

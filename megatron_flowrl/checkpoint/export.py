@@ -21,11 +21,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_flowrl.checkpoint.atomic import partial_path, publish, remove
-from megatron_flowrl.checkpoint.companions import copy_companions
+from megatron_flowrl.checkpoint.atomic import partial_path, partials_in, publish, remove
+from megatron_flowrl.checkpoint.companions import read_companions, write_companions
 from megatron_flowrl.checkpoint.safetensors_writer import SafetensorsWriter
 from megatron_flowrl.checkpoint.stream import TensorInfo, WeightStream
 from megatron_flowrl.config import UserError
+from megatron_flowrl.observe.log import logger
 from megatron_flowrl.platform.distributed import together
 
 MAX_SHARD_BYTES = 5 * 10**9  # as transformers
@@ -84,8 +85,10 @@ def export_hugging_face(
     try:
         with together(), _disk(folder):
             if dist.get_rank() == 0:
+                _name_leftovers(folder.resolve())
+                contents = read_companions(companions)
                 partial.mkdir()
-                copy_companions(companions, partial, stream.dtype)
+                write_companions(contents, partial, stream.dtype)
                 _write_index(partial, files)
         trouble = _write_weights(stream, partial, files, on_tensor)
         with together(), _disk(folder):
@@ -166,6 +169,12 @@ def _write_index(partial: Path, files: Sequence[WeightFile]) -> None:
         "weight_map": {tensor.name: file for tensor, file in tensors},
     }
     (partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _name_leftovers(folder: Path) -> None:
+    for path in partials_in(folder.parent):
+        if path.name.startswith(f".{folder.name}."):
+            logger.warning("%s was left by an export that was cut off; remove it", path)
 
 
 @contextmanager

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
-from megatron_flowrl.checkpoint.atomic import partials_in, publish, remove, write_file
+from megatron_flowrl.checkpoint.atomic import final_path, partial_path, partials_in, publish, remove, write_file
 from megatron_flowrl.checkpoint.manifest import MANIFEST_FILE
 from megatron_flowrl.config import UserError
 
 LATEST_FILE = "latest"
 _STEP = re.compile(r"step_(\d{8,})")
+_REPLACED = "replaced"
 
 
 class CheckpointFolder:
@@ -47,11 +49,25 @@ class CheckpointFolder:
 
     def commit(self, partial: Path, step: int) -> None:
         """Everything is written: put the checkpoint in its place, then name it in `latest`."""
-        final = self.path_of(step)
+        final, replaced = self.path_of(step), partial_path(self.path_of(step), _REPLACED)
         if final.exists():
-            remove(final)
+            os.rename(final, replaced)
         publish(partial, final)
-        write_file(self.root / LATEST_FILE, final.name + "\n")
+        self.point_to(step)
+        if replaced.exists():
+            remove(replaced)
+
+    def point_to(self, step: int) -> None:
+        """Name a step in `latest`."""
+        write_file(self.root / LATEST_FILE, self.path_of(step).name + "\n")
+
+    def set_aside(self, step: int) -> Path:
+        """Give a damaged checkpoint a name under which it is neither tried again nor counted."""
+        aside = self.root / f"damaged_{self.path_of(step).name}"
+        if aside.exists():
+            remove(aside)
+        os.rename(self.path_of(step), aside)
+        return aside
 
     def prune(self, keep: int) -> list[int]:
         """Delete all but the newest `keep`, never the one that `latest` names; returns the deleted steps."""
@@ -61,7 +77,10 @@ class CheckpointFolder:
         return doomed
 
     def sweep(self) -> None:
-        """Delete what attempts that were cut off have left behind."""
+        """Delete what attempts that were cut off have left behind, and put back what one was about to replace."""
+        for partial in partials_in(self.root):
+            if partial.name.endswith(_REPLACED) and not final_path(partial).exists():
+                os.rename(partial, final_path(partial))
         for partial in partials_in(self.root):
             remove(partial)
 
@@ -73,6 +92,8 @@ def find_checkpoint(path: Path) -> Path | None:
     """
     if (path / MANIFEST_FILE).is_file():
         return path
+    if (path / "config.json").is_file():  # a Hugging Face folder, whatever a trainer has left in it
+        return None
     folder = CheckpointFolder(path)
     latest = folder.latest()
     if latest is None:

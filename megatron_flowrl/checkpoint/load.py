@@ -43,7 +43,7 @@ def load_weights(model: ParallelModel, source: WeightSource) -> None:
     This project's own heads keep their values, unless the source is a checkpoint that has them.
     """
     if isinstance(source, CheckpointSource):
-        load_model(model, source.path)
+        load_model(model, source.path, checksums=source.checksums)
         return
     for module in model.modules:
         shard = shard_of(module)
@@ -66,11 +66,13 @@ def load_to_host(model: ParallelModel, source: WeightSource, *, pin_memory: bool
     tensors = [torch.empty(p.shape, dtype=p.dtype, device="cpu", pin_memory=pin_memory) for _, _, p in parameters]
     if isinstance(source, CheckpointSource):
         with weights_in_place(model.chunks):
-            kept = [parameter.detach().to("cpu", copy=True) for _, _, parameter in parameters]
-            load_model(model, source.path)
-            for (_, _, parameter), tensor, before in zip(parameters, tensors, kept, strict=True):
+            for (_, _, parameter), tensor in zip(parameters, tensors, strict=True):
                 tensor.copy_(parameter)
-                parameter.copy_(before)
+            load_model(model, source.path, checksums=source.checksums)
+            for (_, _, parameter), tensor in zip(parameters, tensors, strict=True):
+                loaded = parameter.detach().clone()
+                parameter.copy_(tensor)
+                tensor.copy_(loaded)
         return tensors
     for (module, name, parameter), tensor in zip(parameters, tensors, strict=True):
         if name.startswith(OWN_HEADS):

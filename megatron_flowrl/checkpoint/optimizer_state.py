@@ -136,13 +136,17 @@ def _states(parameter: Tensor, main: Tensor, inner: Mapping[Tensor, Mapping[str,
 
 
 def _pieces_of(value: ShardedTensor | ShardedTensorFactory) -> list[_Piece]:
-    """A factory cuts a fused parameter, such as gate and up, into tensors that reshard on their own."""
+    """A factory cuts a fused parameter, such as gate and up, along its rows into tensors that reshard on their own."""
     if isinstance(value, ShardedTensor):
         return [_Piece(value, 0)]
-    return [
-        _Piece(tensor, tensor.data.storage_offset() - value.data.storage_offset())
-        for tensor in nested_values({"": value.build()})
-    ]
+    pieces: list[_Piece] = []
+    start = 0  # counted, not read off the storage: pieces of a quantised weight have storage of their own
+    for tensor in nested_values({"": value.build()}):
+        pieces.append(_Piece(tensor, start))
+        start += tensor.data.numel()
+    if start != value.data.numel():
+        raise RuntimeError(f"{value.key}: pieces of {start} elements do not make up {value.data.numel()}")
+    return pieces
 
 
 def _rectangles(prefix: str, values: Tensor, held: _Range, piece: _Piece, vocab_size: int) -> Iterator[ShardedTensor]:

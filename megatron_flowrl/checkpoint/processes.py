@@ -16,37 +16,50 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it ends (Linux; elsewhere nothing happens)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1:  # it had ended before
-            os._exit(1)
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process, and those it forks, when `parent`, which forked it, ends.
+
+    On Linux; elsewhere nothing happens.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def arm() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a fork begins without it
+
+    arm()
+    if os.getppid() != parent:  # it had ended before
+        os._exit(1)
+    os.register_at_fork(after_in_child=arm)
 
 
 class ResultQueue:
-    """What a forked process puts, its parent gets: through an unnamed file that both have open, with no limit."""
+    """One item at a time from a forked process to its parent, of any size, through a file without a name."""
 
     def __init__(self) -> None:
         # In memory where that can be, as the disk may be full; open as long as the run.
         in_memory = hasattr(os, "memfd_create")
         self._file = os.fdopen(os.memfd_create("results") if in_memory else _unnamed_file(), "w+b")
-        self._position = 0
 
     def put(self, item: Any) -> None:
-        """Append; one process at a time."""
-        os.lseek(self._file.fileno(), 0, os.SEEK_END)
-        with os.fdopen(os.dup(self._file.fileno()), "wb") as file:
-            pickle.dump(item, file)
+        """Leave one item for the parent."""
+        content, handle, position = pickle.dumps(item), self._file.fileno(), 0
+        while position < len(content):
+            position += os.pwrite(handle, content[position:], position)
 
     def get_nowait(self) -> Any:
-        """The oldest item that has not been taken; raises queue.Empty without one."""
-        size = os.fstat(self._file.fileno()).st_size
-        if size <= self._position:
+        """Take what was put; raises queue.Empty where there is nothing. A writer that was cut off left an error."""
+        handle = self._file.fileno()
+        size = os.fstat(handle).st_size
+        if not size:
             raise queue.Empty
-        content = os.pread(self._file.fileno(), size - self._position, self._position)
-        self._position = size
-        return pickle.loads(content)
+        content = os.pread(handle, size, 0)
+        os.ftruncate(handle, 0)
+        try:
+            return pickle.loads(content)
+        except (pickle.UnpicklingError, EOFError) as error:
+            return RuntimeError(f"what a writer said is cut off: {error}")
 
 
 def _unnamed_file() -> int:

@@ -48,8 +48,9 @@ def resume(state: TrainingState, root: Path, config: Config) -> Resumed | None:
             logger.warning("checkpoint %s is passed over: %s", path, error)
             continue
         _load(_wanted(state, manifest, path, config), manifest, path)
-        if damages:
-            logger.warning("going on from step %d: %d newer checkpoints are damaged", step, steps[0].index(step))
+        if state.optimizer is not None and not config.checkpoint.load_optim:
+            state.optimizer.reload_model_params()  # its fp32 main weights are those of the model before
+        _set_aside(folder, steps[0][: steps[0].index(step)], step)
         _tell_changes(manifest, config)
         return Resumed(manifest.step, manifest.progress)
     if damages:
@@ -81,22 +82,42 @@ def verified_manifest(path: Path, *, checksums: bool) -> Manifest:
 
 def _wanted(state: TrainingState, manifest: Manifest, path: Path, config: Config) -> TrainingState:
     """What of the state is to be loaded."""
-    if state.optimizer is None:
-        return state
+    missing = [part for part in state.parts if part not in manifest.parts]
     if not config.checkpoint.load_optim:
         logger.warning("the optimizer starts fresh at step %d: checkpoint.load_optim is false", manifest.step)
-        return TrainingState(state.model, schedule=state.schedule if SCHEDULE in manifest.parts else None)
-    if OPTIMIZER not in manifest.parts:
+        return TrainingState(state.model, schedule=None if SCHEDULE in missing else state.schedule)
+    if missing:
         raise SharedUserError(
-            f"checkpoint {path} has no optimizer state, only {', '.join(manifest.parts)}: going on from it would begin "
-            "with a fresh optimizer; set checkpoint.load_optim=false if that is meant"
-        )
-    if state.model.log_z and LOG_Z not in manifest.parts:
-        raise SharedUserError(
-            f"checkpoint {path} has no log Z head, which this run trains: going on would begin with a fresh one; set "
+            f"checkpoint {path} has no {' and no '.join(_NAMES[part] for part in missing)}, only "
+            f"{', '.join(manifest.parts)}: going on from it would begin with a fresh one; set "
             "checkpoint.load_optim=false if that is meant"
         )
+    saved = manifest.config.get("precision", {}).get("dtype")
+    if state.optimizer is not None and saved != config.precision.dtype:
+        raise SharedUserError(
+            f"checkpoint {path} was trained with precision.dtype = {saved}, not {config.precision.dtype}: its main "
+            f"weights do not carry over; set precision.dtype={saved}, or checkpoint.load_optim=false to begin with a "
+            "fresh optimizer"
+        )
     return state
+
+
+_NAMES = {OPTIMIZER: "optimizer state", SCHEDULE: "place in the learning rate's schedule", LOG_Z: "log Z head"}
+
+
+def _set_aside(folder: CheckpointFolder, damaged: list[int], step: int) -> None:
+    """What was passed over is neither to be tried again nor to count as one of those that are kept."""
+    if not damaged:
+        return
+    logger.warning("going on from step %d: %d newer checkpoints are damaged", step, len(damaged))
+    if dist.get_rank() == 0:
+        try:
+            for other in damaged:
+                logger.warning("the damaged checkpoint is now %s", folder.set_aside(other))
+            folder.point_to(step)
+        except OSError as error:
+            logger.warning("a damaged checkpoint could not be moved aside: %s", error)
+    dist.barrier()
 
 
 def _load(state: TrainingState, manifest: Manifest, path: Path) -> None:
@@ -105,20 +126,25 @@ def _load(state: TrainingState, manifest: Manifest, path: Path) -> None:
     with weights_in_place(state.model.chunks):
         without = OWN_HEADS if LOG_Z not in manifest.parts else ()
         sharded = state.sharded_state_dict(without=without)
+        trouble: Exception | None = None
         try:
             loaded: dict[str, Any] = dist_checkpointing.load(sharded, str(path))
-        except Exception as error:
-            saved, running = manifest.versions, versions()
-            differing = [
-                f"{name} {saved[name]} then, {running.get(name)} now"
-                for name in saved
-                if saved[name] != running.get(name)
-            ]
-            raise UserError(
-                f"checkpoint {path} is whole but cannot be loaded: {' '.join(str(error).split())[:500]}"
-                + (f" (written with other versions: {'; '.join(differing)})" if differing else "")
-            ) from error
+        except Exception as error:  # torch and Megatron raise a dozen kinds
+            trouble = error
+        with together():
+            if trouble is not None:
+                raise UserError(_cannot_load(path, trouble, manifest)) from trouble
         state.restore(loaded)
+
+
+def _cannot_load(path: Path, error: Exception, manifest: Manifest) -> str:
+    saved, running = manifest.versions, versions()
+    differing = [
+        f"{name} {saved[name]} then, {running.get(name)} now" for name in saved if saved[name] != running.get(name)
+    ]
+    written = f" (written with other versions: {'; '.join(differing)})" if differing else ""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    return f"checkpoint {path} cannot be loaded, though its files are what was written: {reason}{written}"
 
 
 def _tell_changes(manifest: Manifest, config: Config) -> None:

@@ -148,6 +148,7 @@ class CheckpointSource:
     """The weights of a checkpoint of this program, which Megatron reads; its architecture has been compared."""
 
     path: Path
+    checksums: bool
 
 
 WeightSource = SliceSource | CheckpointSource
@@ -161,4 +162,4 @@ def open_source(config: Config, architecture: Architecture) -> WeightSource:
     if folder.checkpoint is None:
         return SafetensorsSource(folder.hugging_face, architecture)
     read_manifest(folder.checkpoint).check_architecture(architecture, folder.checkpoint)
-    return CheckpointSource(folder.checkpoint)
+    return CheckpointSource(folder.checkpoint, config.checkpoint.verify_checksums)

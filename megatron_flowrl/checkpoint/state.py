@@ -80,6 +80,11 @@ class TrainingState:
             ]
             if unknown:
                 raise RuntimeError(f"the checkpoint did not give {', '.join(unknown)}")
+            for name, parameter in module.named_parameters():
+                # Transformer Engine keeps a quantised weight's values for the optimizer to begin from.
+                unquantized = getattr(parameter, "get_high_precision_init_val", lambda: None)()
+                if unquantized is not None and name in whole:
+                    unquantized.copy_(whole[name])
         if self.optimizer is not None:
             set_optimizer_step(self.optimizer, loaded[OPTIMIZER]["step"])
         if self.schedule is not None:
@@ -93,10 +98,11 @@ def _in_pieces(value: Any) -> Any:
     return value
 
 
-def bytes_to_write(sharded: Mapping[str, Any]) -> int:
-    """How much of it this rank would write."""
-    return sum(
+def bytes_to_write(sharded: Mapping[str, Any]) -> tuple[int, int]:
+    """How many bytes this rank would write, of how many tensors."""
+    sizes = [
         value.data.nbytes
         for value in nested_values(sharded)
         if isinstance(value, ShardedTensor | ShardedTensorFactory) and is_main_replica(value.replica_id)
-    )
+    ]
+    return sum(sizes), len(sizes)

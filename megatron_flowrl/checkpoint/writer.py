@@ -1,37 +1,39 @@
 """Save checkpoints while training goes on.
 
-A save copies nothing itself: Megatron forks a writer on every rank, whose memory is a snapshot of this moment, and
-training goes on at once. What is written has a hidden name until everything, the manifest with its checksums last,
-is on disk; only then does the folder get its name, and `latest` after it. So a run that is killed at any instant
-finds the checkpoints it had, or one more.
+Megatron forks a writer on every rank, whose memory is a snapshot of this moment, and training goes on at once; on a
+GPU it first copies the tensors to host memory. What is written has a hidden name until everything, the manifest with
+its checksums last, is on disk; only then does the folder get its name, and `latest` after it. So a run that is killed
+at any instant finds the checkpoints it had, or one more.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import inspect
 import json
+import os
 import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_flowrl.checkpoint.atomic import partial_path, remove
-from megatron_flowrl.checkpoint.companions import copy_companions
+from megatron_flowrl.checkpoint.atomic import partial_path, remove, write_file
+from megatron_flowrl.checkpoint.companions import read_companions, write_companions
 from megatron_flowrl.checkpoint.folder import CheckpointFolder
 from megatron_flowrl.checkpoint.locate import COMPANIONS
 from megatron_flowrl.checkpoint.manifest import (
@@ -42,7 +44,7 @@ from megatron_flowrl.checkpoint.manifest import (
     record_files,
     write_manifest,
 )
-from megatron_flowrl.checkpoint.processes import die_with_parent, install_result_queue
+from megatron_flowrl.checkpoint.processes import die_with, install_result_queue
 from megatron_flowrl.checkpoint.state import TrainingState, bytes_to_write
 from megatron_flowrl.config import Config, SharedUserError, UserError, to_dict
 from megatron_flowrl.model.build import weights_in_place
@@ -55,6 +57,8 @@ _COMMON_FILE = "common.pt"
 _MEGATRONS_OWN_WRITER = (
     {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
 )
+_LOCK_FILE = ".lock"
+_BYTES_A_TENSOR = 1024  # of metadata
 _HEADROOM = 2**24  # bytes for what is written beside tensors
 
 
@@ -63,6 +67,11 @@ class _Save:
     step: int
     partial: Path
     started: float
+
+    @property
+    def reserve(self) -> Path:
+        """Room kept for what rank 0 writes at the end, while the other ranks wait for it inside Megatron."""
+        return self.partial.with_name(f"{self.partial.name}.reserve")
 
 
 class CheckpointWriter:
@@ -75,7 +84,8 @@ class CheckpointWriter:
     def __init__(self, root: Path, config: Config, companions: Path) -> None:
         self._folder = CheckpointFolder(root)
         self._config = config
-        self._companions = companions
+        self._companions: dict[str, bytes] = {}
+        self._lock: IO[bytes] | None = None
         self._queue = AsyncCallsQueue(persistent=False)
         self._pending: _Save | None = None
         self._validated = False
@@ -83,7 +93,9 @@ class CheckpointWriter:
         install_result_queue()
         with together(), self._disk():
             if dist.get_rank() == 0:
+                self._companions = read_companions(companions)
                 root.mkdir(parents=True, exist_ok=True)
+                self._lock = _lock(root / _LOCK_FILE)
                 self._folder.sweep()
 
     def save(self, state: TrainingState, step: int, progress: Mapping[str, int]) -> None:
@@ -103,7 +115,7 @@ class CheckpointWriter:
                 self._pending = _Save(step, partial_path(self._folder.path_of(step), token[0]), begun)
                 self._begin(self._pending, sharded)
                 self._schedule(self._pending, sharded, state, progress)
-        except (CheckpointException, CheckpointingException, SharedUserError) as error:
+        except SharedUserError as error:
             self._give_up(step, _reason(error))
         if not self._config.checkpoint.async_save:
             self.wait()
@@ -117,17 +129,20 @@ class CheckpointWriter:
         self._finish(blocking=True)
 
     def _begin(self, pending: _Save, sharded: Mapping[str, Any]) -> None:
-        needed = [0] * dist.get_world_size()
+        needed = [(0, 0)] * dist.get_world_size()
         dist.all_gather_object(needed, bytes_to_write(sharded))
         with together(), self._disk():
             if dist.get_rank() == 0:
+                headroom = _HEADROOM + _BYTES_A_TENSOR * sum(tensors for _, tensors in needed)
+                total = headroom + sum(nbytes for nbytes, _ in needed)
                 free = shutil.disk_usage(self._folder.root).free
-                if free < sum(needed) + _HEADROOM:
+                if free < total:
                     raise UserError(
                         f"{self._folder.root} has {free / 1e9:.2f} GB free and the checkpoint takes "
-                        f"{(sum(needed) + _HEADROOM) / 1e9:.2f} GB: make room, or lower checkpoint.keep_last"
+                        f"{total / 1e9:.2f} GB: make room, or lower checkpoint.keep_last"
                     )
                 pending.partial.mkdir()
+                _reserve(pending.reserve, headroom)
 
     def _schedule(
         self, pending: _Save, sharded: dict[str, Any], state: TrainingState, progress: Mapping[str, int]
@@ -145,7 +160,7 @@ class CheckpointWriter:
         )
         self._validated = True
         if request.async_fn is not None:
-            write = partial(_write_and_record, request.async_fn, partial_folder, dist.get_rank())
+            write = partial(_write_and_record, request.async_fn, partial_folder, dist.get_rank(), os.getpid())
             request = request._replace(async_fn=write)
         manifest = partial(
             Manifest,
@@ -157,6 +172,7 @@ class CheckpointWriter:
             layout=layout_of(),
             versions=versions(),
         )
+        request.finalize_fns.insert(0, lambda: pending.reserve.unlink(missing_ok=True))
         request.add_finalize_fn(partial(self._commit, partial_folder, pending.step, manifest))
         self._queue.schedule_async_request(request)
 
@@ -167,11 +183,14 @@ class CheckpointWriter:
         try:
             if not self._queue.maybe_finalize_async_calls(blocking=blocking):
                 return
-        except (CheckpointException, CheckpointingException, SharedUserError) as error:
+        except (CheckpointException, SharedUserError) as error:
             # Megatron and `together` raise on every rank; the reason is known to rank 0.
             self._give_up(pending.step, _reason(error))
             return
         self._pending, self.last_saved = None, pending.step
+        if dist.get_rank() == 0:
+            with _tolerating_errors():
+                self._folder.prune(self._config.checkpoint.keep_last)
         logger.info(
             "checkpoint %s written in %.1f s", self._folder.path_of(pending.step), time.perf_counter() - pending.started
         )
@@ -181,39 +200,46 @@ class CheckpointWriter:
         with together(), self._disk():
             if dist.get_rank() == 0:
                 (partial_folder / COMPANIONS).mkdir()
-                copy_companions(self._companions, partial_folder / COMPANIONS)
+                write_companions(self._companions, partial_folder / COMPANIONS)
                 _write_common_file(partial_folder)
                 write_manifest(
                     partial_folder, manifest(files=record_files(partial_folder, _take_records(partial_folder)))
                 )
                 self._folder.commit(partial_folder, step)
-                self._folder.prune(self._config.checkpoint.keep_last)
 
     def _give_up(self, step: int, reason: str) -> None:
         pending, self._pending = self._pending, None
         if dist.get_rank() == 0 and pending is not None:
             with _tolerating_errors():
-                remove(pending.partial)
+                pending.reserve.unlink(missing_ok=True)
+                if pending.partial.exists():
+                    remove(pending.partial)
         good = "none was written yet" if self.last_saved is None else f"the last good one is of step {self.last_saved}"
         logger.error("the checkpoint of step %d could not be written (%s); %s", step, reason, good)
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
+        """Rank 0 alone is inside, and the others wait to hear of it: whatever goes wrong has to be said."""
         try:
             yield
-        except OSError as error:
+        except UserError:
+            raise
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or _explained(" ".join(str(error).split()))
             raise UserError(
-                f"checkpoint.save = {str(self._folder.root)!r} cannot be written: {error.strerror or error}"
+                f"checkpoint.save = {str(self._folder.root)!r} cannot be written: {reason or type(error).__name__}"
             ) from error
 
 
-def _write_and_record(write: Callable[..., None], folder: Path, rank: int, *args: Any, **kwargs: Any) -> None:
+def _write_and_record(
+    write: Callable[..., None], folder: Path, rank: int, parent: int, *args: Any, **kwargs: Any
+) -> None:
     """In the writer's process: Megatron's writing, then the checksums of what this rank has written."""
-    die_with_parent()
+    die_with(parent)
     write(*args, **kwargs)
     files = sorted(folder.glob(f"__{rank}_*.distcp"))
     records = {file.name: asdict(record_file(file)) for file in files}
-    (folder / _RECORDS.format(rank)).write_text(json.dumps(records), encoding="utf-8")
+    write_file(folder / _RECORDS.format(rank), json.dumps(records))
 
 
 def _without_its_neighbours(tensor: Tensor) -> Tensor:
@@ -236,9 +262,30 @@ def _take_records(folder: Path) -> dict[str, FileRecord]:
     """The checksums that the writers have left; a file without one is read again for it."""
     known: dict[str, FileRecord] = {}
     for path in folder.glob(_RECORDS.format("*")):
-        known |= {name: FileRecord(**record) for name, record in json.loads(path.read_text(encoding="utf-8")).items()}
+        with suppress(OSError, ValueError, TypeError):  # one that was cut off
+            records = json.loads(path.read_text(encoding="utf-8"))
+            known |= {name: FileRecord(**record) for name, record in records.items()}
         path.unlink()
     return known
+
+
+def _reserve(path: Path, size: int) -> None:
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+
+
+def _lock(path: Path) -> IO[bytes]:
+    """Keep other runs from writing here, as long as this process lives and keeps what is returned."""
+    file = path.open("ab")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(
+                f"{path.parent} is in use: another run saves its checkpoints there; give another"
+            ) from error
+        logger.warning("%s cannot be locked (%s): see that no other run saves there", path.parent, error.strerror)
+    return file
 
 
 def _write_common_file(folder: Path) -> None:

@@ -6,7 +6,7 @@ Imports neither torch nor Megatron.
 from .checks import check_config, data_parallel_size
 from .errors import SharedUserError, UserError
 from .help import format_help
-from .load import load_config, to_dict, to_yaml
+from .load import given_keys, load_config, to_dict, to_yaml
 from .schema import (
     CheckpointConfig,
     Config,
@@ -40,6 +40,7 @@ __all__ = [
     "check_config",
     "data_parallel_size",
     "format_help",
+    "given_keys",
     "load_config",
     "to_dict",
     "to_yaml",

@@ -153,10 +153,7 @@ def _checkpoint(config: Config) -> Iterator[str]:
         yield from _idle(
             config,
             "has no effect while checkpoint.save is null; give that a folder",
-            *(
-                f"checkpoint.{name}"
-                for name in ("save_interval", "async_save", "keep_last", "verify_checksums", "load_optim")
-            ),
+            *(f"checkpoint.{name}" for name in ("save_interval", "async_save", "keep_last", "load_optim")),
         )
 
 

@@ -53,6 +53,13 @@ def load_config(
     return config
 
 
+def given_keys(recipe: str | os.PathLike[str] | None, overrides: Sequence[str]) -> set[str]:
+    """The settings that a recipe or the command line gives, whatever their values; for what `load_config` accepts."""
+    problems: list[str] = []
+    settings = [*(read_recipe(recipe, problems) if recipe is not None else ()), *read_overrides(overrides, problems)]
+    return {setting.key for setting in settings}
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Nested dicts, lists and scalars, as YAML and JSON know them."""
     tree: dict[str, Any] = _CONFIG.dump_python(config, mode="json")

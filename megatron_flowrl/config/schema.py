@@ -224,8 +224,8 @@ class CheckpointConfig:
     """Steps between two checkpoints."""
 
     async_save: bool = True
-    """Go on training while a checkpoint is written. Its memory is a snapshot: what training changes meanwhile is held
-    twice."""
+    """Go on training while a checkpoint is written. Meanwhile host memory holds what is written: on a GPU all of it, on
+    a CPU what training changes."""
 
     keep_last: PositiveInt = 3
     """Checkpoints kept; older ones are deleted when a new one is whole."""

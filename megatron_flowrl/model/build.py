@@ -103,9 +103,10 @@ def weights_in_place(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Have all weights in place while the block runs, for whoever reads them outside a forward pass.
 
     Under `overlap_param_gather` the gathering of updated weights is left to hooks of the next forward pass: before
-    it, parameters hold stale parts, and inside the block those hooks would run in the midst of things.
+    it, parameters hold stale parts, and inside the block those hooks would run in the midst of things. Blocks may be
+    nested.
     """
-    lazy = [c for c in chunks if isinstance(c, DistributedDataParallel) and c.use_forward_hook]
+    lazy = [c for c in chunks if isinstance(c, DistributedDataParallel) and c.remove_forward_pre_hook_handles]
     for chunk in lazy:
         chunk.disable_forward_pre_hook()
     try:

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -51,6 +52,8 @@ def score(config: Config, world: World, input_path: str, output_path: str) -> No
     """
     with alike():
         check_config(config)
+        folder = locate_model(config.model.path)  # once: a run that goes on may save meanwhile
+        config = replace(config, model=replace(config.model, path=str(folder.checkpoint or config.model.path)))
         replicas = data_parallel_size(config.parallel, world.size)
     platform = current_platform(world.local_rank)
     check_platform(config, platform)
@@ -58,8 +61,7 @@ def score(config: Config, world: World, input_path: str, output_path: str) -> No
     initialize_process_groups(world, config.parallel, platform, config.seed)
     try:
         with together():
-            folder = locate_model(config.model.path).hugging_face
-            architecture = read_architecture(folder)
+            architecture = read_architecture(folder.hugging_face)
             check_layout(architecture, config)
             if world.rank == 0:  # the one that writes
                 _check_output(input_path, output_path)
@@ -68,10 +70,11 @@ def score(config: Config, world: World, input_path: str, output_path: str) -> No
                 input_path,
                 vocab_size=architecture.vocab_size,
                 max_length=max_sequence_length(architecture, config),
-                encode=lambda: load_encode(config.data.tokenizer or folder),
+                encode=lambda: load_encode(config.data.tokenizer or folder.hugging_face),
             )
         check_agreement(f"--input {input_path!r}", sequences)
-        check_agreement(f"{folder}/config.json", architecture)
+        check_agreement("the checkpoint that the path leads to", config.model.path)
+        check_agreement(f"{folder.hugging_face}/config.json", architecture)
         with alike():
             packing = plan([len(s) for s in sequences], packing_rules(config, architecture, replicas))
         logger.info("%s, %s", _layout(config, world, replicas), packing.describe())

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_flowrl.checkpoint import export
+from megatron_flowrl.checkpoint.manifest import read_manifest
 from megatron_flowrl.cli import main
 from megatron_flowrl.platform import cuda_stand_in, current_platform
 from megatron_flowrl.platform.distributed import destroy_process_groups
@@ -91,6 +92,20 @@ def test_a_dtype_that_is_asked_for(model: Path, tmp_path: Path) -> None:
     expected = load_file(model / "model.safetensors")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(found[n], expected[n].bfloat16()) for n in expected)
+
+
+def test_a_recipe_gives_the_dtype_too(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("precision: {dtype: bfloat16}\n")
+    main(["convert", "hf-to-megatron", str(model), str(tmp_path / "run"), "--recipe", str(tmp_path / "recipe.yaml")])
+    assert read_manifest(tmp_path / "run" / "step_00000000").config["precision"]["dtype"] == "bfloat16"
+
+
+def test_an_export_is_of_the_checkpoint_whatever_the_recipe_began_with(run: Path, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("model: {init: random}\nprecision: {fp8: hybrid}\n")
+    recipe = ["--recipe", str(tmp_path / "recipe.yaml")]
+    main(["convert", "megatron-to-hf", str(run), str(tmp_path / "out"), *recipe])
+    found, expected = (load_file(path / "model.safetensors") for path in (tmp_path / "out", model))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_random_weights_need_only_a_configuration(model: Path, tmp_path: Path) -> None:
@@ -200,7 +215,7 @@ def test_a_full_disk_leaves_no_folder(
 def test_an_import_that_was_cut_off_can_be_repeated(model: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / ".step_00000000.partial-dead").mkdir(parents=True)
     main(["convert", "hf-to-megatron", str(model), str(tmp_path / "run")])
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["latest", "step_00000000"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "latest", "step_00000000"]
 
 
 @pytest.mark.parametrize("kind", ["hf-to-megatron", "megatron-to-hf", "inspect"])

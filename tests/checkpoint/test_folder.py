@@ -55,6 +55,41 @@ def test_sweeping_takes_only_what_was_cut_off(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "notes.txt", "step_00000001"]
 
 
+def test_a_replacement_that_is_cut_off_loses_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = CheckpointFolder(tmp_path)
+    save(folder, 3)
+    (folder.path_of(3) / "first").touch()
+
+    def killed(*_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_flowrl.checkpoint.folder.publish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(folder, 3)
+    assert folder.steps() == []
+    folder.sweep()
+    assert folder.steps() == [3] and (folder.path_of(3) / "first").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000003"]
+
+
+def test_what_is_set_aside_does_not_count(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    for step in (1, 2, 30):
+        save(folder, step)
+    assert folder.set_aside(30) == tmp_path / "damaged_step_00000030"
+    folder.point_to(2)
+    save(folder, 30)
+    folder.set_aside(30)  # once more
+    assert folder.steps() == [1, 2]
+    assert folder.prune(2) == []
+
+
+def test_a_trainers_latest_beside_a_model_is_none_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "latest").write_text("global_step500")  # DeepSpeed's
+    assert find_checkpoint(tmp_path) is None
+
+
 @pytest.mark.parametrize("content", ["", "step_", "step_00000001 x", "../elsewhere", "\x00"])
 def test_a_latest_that_cannot_be_understood(tmp_path: Path, content: str) -> None:
     (tmp_path / "latest").write_text(content)

@@ -8,6 +8,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,6 +21,8 @@ import torch
 
 from megatron_flowrl.checkpoint import reader, writer
 from megatron_flowrl.checkpoint.folder import CheckpointFolder
+from megatron_flowrl.checkpoint.load import global_parameters, load_to_host
+from megatron_flowrl.checkpoint.sources import CheckpointSource
 from megatron_flowrl.config import SharedUserError
 from megatron_flowrl.observe.log import logger
 from megatron_flowrl.platform import cuda_stand_in, current_platform
@@ -128,6 +132,8 @@ def test_a_damaged_checkpoint_is_named_and_the_last_good_one_used(
     assert training.resumed is not None and training.resumed.step == 2
     assert all(torch.equal(value, saved[1][2][name]) for name, value in training.weights().items())
     assert f"checkpoint {root / 'step_00000003'} is passed over" in said()
+    assert CheckpointFolder(root).steps() == [1, 2] and CheckpointFolder(root).latest() == 2
+    assert (root / "damaged_step_00000003").is_dir() and "damaged checkpoint is now" in said()
     assert path.name in said()
     assert "going on from step 2" in said()
 
@@ -171,7 +177,10 @@ def test_weights_alone_are_not_gone_on_from_unless_asked(model: str, tmp_path: P
     training.writer.save(replace(training.state, optimizer=None, schedule=None), 0, {})
     training.writer.wait()
     destroy_process_groups()
-    with pytest.raises(SharedUserError, match="has no optimizer state, only model: going on from it would begin with"):
+    with pytest.raises(
+        SharedUserError,
+        match="has no optimizer state and no place in the learning rate's schedule, only model: going on from it",
+    ):
         _resume(model, root)
     destroy_process_groups()
     training = _resume(model, root, settings={"checkpoint.load_optim": False})
@@ -186,8 +195,102 @@ def test_a_fresh_optimizer_keeps_the_place_in_the_schedule(model: str, root: Pat
     assert all(not state["exp_avg"].any() and state["step"] == 0 for state in states)
 
 
+@pytest.mark.parametrize("replicated", [False, True])
+def test_a_fresh_optimizer_begins_from_the_weights_that_were_loaded(
+    model: str, tmp_path: Path, replicated: bool
+) -> None:
+    """In bf16 it has fp32 main weights of its own, which a step would copy over the model's."""
+    settings = {"precision.dtype": "bfloat16", "ddp.use_distributed_optimizer": not replicated}
+    training = Training(_run(model, save=str(tmp_path / "run"), settings=settings), World())
+    training.step()
+    training.save()
+    weights = training.weights()
+    assert training.writer is not None
+    training.writer.wait()
+    destroy_process_groups()
+    fresh = settings | {"checkpoint.load_optim": False, "optimizer.lr": 0.0}
+    training = _resume(model, tmp_path / "run", settings=fresh)
+    training.step()
+    assert all(torch.equal(value, weights[name]) for name, value in training.weights().items())
+
+
+def test_another_dtype_is_not_gone_on_with_unless_asked(model: str, root: Path) -> None:
+    with pytest.raises(SharedUserError, match=r"was trained with precision\.dtype = float32, not bfloat16"):
+        _resume(model, root, settings={"precision.dtype": "bfloat16"})
+    destroy_process_groups()
+    fresh = {"precision.dtype": "bfloat16", "checkpoint.load_optim": False}
+    assert _resume(model, root, settings=fresh).resumed is not None
+
+
+def test_weights_for_the_host_come_from_a_checkpoint_and_leave_the_model_alone(
+    model: str, saved: Any, root: Path
+) -> None:
+    """Also where updated weights are gathered lazily: the hooks for that are off while others read."""
+    overlap = {"ddp.overlap_grad_reduce": True, "ddp.overlap_param_gather": True}
+    training = _resume(model, root, settings=overlap)
+    training.step()
+    before = training.weights()
+    source = CheckpointSource(root / "step_00000002", checksums=True)
+    hosted = load_to_host(training.state.model, source, pin_memory=False)
+    after = training.weights()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    names = [name for name, _ in global_parameters(training.state.model.modules[0])]
+    found = dict(zip(names, hosted, strict=True))
+    assert torch.equal(found["decoder.final_layernorm.weight"], saved[1][2]["model.norm.weight"])
+    assert torch.equal(found["embedding.word_embeddings.weight"][:299], saved[1][2]["model.embed_tokens.weight"])
+    training.step()
+
+
+def test_two_runs_do_not_share_a_folder(training: Training, model: str, tmp_path: Path) -> None:
+    code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'ab'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    other = [sys.executable, "-c", code, str(tmp_path / "run" / ".lock")]
+    assert subprocess.run(other, check=False, stderr=subprocess.DEVNULL).returncode != 0
+
+
+def test_a_folder_in_use_is_refused(model: str, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    root.mkdir()
+    code = "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(root / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(SharedUserError, match="is in use: another run saves its checkpoints there; give another"):
+            Training(_run(model, save=str(root)), World())
+        other.kill()
+
+
+def test_a_failing_prune_does_not_fail_the_save(
+    training: Training, said: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(*_: Any) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(CheckpointFolder, "prune", busy)
+    training.save()
+    assert training.writer is not None
+    training.writer.wait()
+    assert training.writer.last_saved == 2
+    assert "could not tidy up: [Errno 16] Device or resource busy" in said()
+
+
+def test_records_that_were_cut_off_are_made_again(
+    training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "write_file", lambda path, _: path.write_text("{"))
+    training.save()
+    assert training.writer is not None
+    training.writer.wait()
+    assert training.writer.last_saved == 2
+    assert reader.verified_manifest(tmp_path / "run" / "step_00000002", checksums=True).step == 2
+
+
 def test_a_missing_log_z_is_not_begun_anew_unless_asked(model: str, root: Path) -> None:
-    with pytest.raises(SharedUserError, match="has no log Z head, which this run trains"):
+    with pytest.raises(
+        SharedUserError,
+        match="has no log Z head, only model, optimizer, schedule: going on from it would begin with a fresh",
+    ):
         _resume(model, root, log_z=True)
     destroy_process_groups()
     training = _resume(model, root, log_z=True, settings={"checkpoint.load_optim": False})
@@ -212,7 +315,10 @@ def test_another_megatron_is_named_where_loading_fails(model: str, root: Path, m
         raise KeyError("something of the future")
 
     monkeypatch.setattr(reader.dist_checkpointing, "load", fail)
-    with pytest.raises(Exception, match=r"is whole but cannot be loaded: .*future.*megatron_core 0\.99\.0 then, 0\."):
+    with pytest.raises(
+        Exception,
+        match=r"cannot be loaded, though its files are what was written: KeyError: .*future.*core 0\.99\.0 then, 0\.",
+    ):
         _resume(model, root)
 
 
@@ -240,7 +346,8 @@ def training(model: str, tmp_path: Path, said: Callable[[], str]) -> Training:
 
 def _only_good_checkpoints(training: Training, root: Path, steps: list[int]) -> None:
     assert CheckpointFolder(root).steps() == steps and CheckpointFolder(root).latest() == steps[-1]
-    assert sorted(path.name for path in root.iterdir()) == ["latest", *(f"step_{step:08d}" for step in steps)]
+    names = [path.name for path in root.iterdir() if path.name != ".lock"]
+    assert sorted(names) == ["latest", *(f"step_{step:08d}" for step in steps)]
 
 
 def test_no_room_is_seen_before_writing(
@@ -257,8 +364,11 @@ def test_no_room_is_seen_before_writing(
     _only_good_checkpoints(training, tmp_path / "run", [1, 2])
 
 
-def test_a_disk_that_fills_up_while_writing(training: Training, tmp_path: Path, said: Callable[[], str]) -> None:
+def test_a_disk_that_fills_up_while_writing(
+    training: Training, tmp_path: Path, said: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Played by a limit on the size of files, which the writers inherit."""
+    monkeypatch.setattr(writer, "_reserve", lambda *_: None)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
@@ -301,7 +411,7 @@ def test_what_an_earlier_run_left_half_written_is_swept(model: str, root: Path) 
     (root / ".latest.partial-1").touch()
     training = _resume(model, root, save=str(root))
     assert training.resumed is not None and training.resumed.step == 3
-    assert not [path for path in root.iterdir() if path.name.startswith(".")]
+    assert [path.name for path in root.iterdir() if path.name.startswith(".")] == [".lock"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_training(model: str, tmp_path: Path) -> None:

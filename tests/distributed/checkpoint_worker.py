@@ -12,6 +12,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,8 @@ class Run:
     save_steps: tuple[int, ...] = ()
     hold_writers_until: int | None = None
     """Keep the writers of a save from beginning until this step is done."""
+    kill_writers_at: int | None = None
+    """The last rank's writers of this step's save are killed."""
     kill_at: int | None = None
     """Be killed before this step."""
     log_z: bool = False
@@ -149,6 +153,15 @@ def _hold_writers(gate: Path) -> None:
     writer._write_and_record = held
 
 
+@contextmanager
+def _killed_writers(active: bool) -> Iterator[None]:
+    write_and_record = writer._write_and_record
+    if active:
+        writer._write_and_record = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    yield
+    writer._write_and_record = write_and_record
+
+
 def make(run: Run, world: World) -> dict[str, Any]:
     training = Training(run, world)
     if training.writer is not None and -1 in run.save_steps:  # at once
@@ -166,7 +179,8 @@ def make(run: Run, world: World) -> dict[str, Any]:
         if training.writer is not None:
             training.writer.poll()
             if training.done in run.save_steps:
-                training.save()
+                with _killed_writers(run.kill_writers_at == training.done and world.rank == world.size - 1):
+                    training.save()
         if training.done == run.hold_writers_until:
             assert training.writer is not None and training.writer.last_saved is None
             gate.touch()

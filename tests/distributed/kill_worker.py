@@ -52,13 +52,26 @@ def run_for(seconds: float, body: Callable[[Callable[[str], None]], None]) -> tu
     assert select.select([pipe], [], [], 60.0)[0], "nothing heard of a start for a minute"
     time.sleep(seconds)  # the random instant
     alive = os.waitpid(child, os.WNOHANG)[0] == 0
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
     if alive:
+        os.kill(child, signal.SIGKILL)  # it alone: its writers have to notice
         os.waitpid(child, 0)
+    deadline = time.monotonic() + 20
+    while _has_processes(child):
+        assert time.monotonic() < deadline, "writers outlive the process that was killed"
+        time.sleep(0.01)
     with os.fdopen(pipe, "rb") as file:
         said = file.read().decode().splitlines()
     return said, alive
+
+
+def _has_processes(group: int) -> bool:
+    """Living ones: those that are dead may wait for their new parent."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, process_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(process_group) == group and state != "Z":
+                return True
+    return False
 
 
 def main() -> None:

@@ -189,6 +189,14 @@ def test_killed_and_started_again_ends_in_the_same_bits(folder: Path) -> None:
     assert_same(again["weights"], straight["weights"])
 
 
+def test_a_save_that_fails_on_one_rank_fails_on_all_and_the_run_goes_on(folder: Path) -> None:
+    model, root = str(save_model("qwen2", folder / "some")), folder / "failing"
+    run = {"name": "run", "model": model, "until": 4, "save": str(root), "save_steps": [1, 2, 3]}
+    result = _start([run | {"kill_writers_at": 2}], 2, folder)["run"]
+    assert result["last_saved"] == 3
+    assert sorted(path.name for path in root.iterdir()) == [".lock", "latest", "step_00000001", "step_00000003"]
+
+
 def test_killed_at_twenty_instants_no_start_fails_and_nothing_saved_is_lost(tmp_path: Path) -> None:
     model = save_model("qwen2", tmp_path / "model")
     done = subprocess.run(
