@@ -35,3 +35,26 @@ def one_rank_platform() -> Iterator[Platform]:
             destroy_process_groups()
             cuda_stand_in.uninstall()
             current_platform.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def process_as_it_was() -> Iterator[None]:
+    """What `main` leaves in a process that goes on: the CUDA stand-in, log handlers, seeds."""
+    import logging
+    import warnings
+
+    import torch
+
+    from megatron_flowrl.platform import cuda_stand_in, current_platform
+    from megatron_flowrl.platform.distributed import destroy_process_groups
+
+    ours, megatron = logging.getLogger("megatron_flowrl"), logging.getLogger("megatron")
+    before = list(ours.handlers), ours.propagate, ours.level, megatron.level
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        yield
+    ours.handlers, ours.propagate = before[0], before[1]
+    ours.setLevel(before[2])
+    megatron.setLevel(before[3])
+    destroy_process_groups()  # only where a test has failed
+    cuda_stand_in.uninstall()
+    current_platform.cache_clear()

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,25 +15,10 @@ from safetensors.torch import load_file, save_file
 from megatron_flowrl.checkpoint import export
 from megatron_flowrl.checkpoint.manifest import read_manifest
 from megatron_flowrl.cli import main
-from megatron_flowrl.platform import cuda_stand_in, current_platform
-from megatron_flowrl.platform.distributed import destroy_process_groups
 from tests.tiny_models import random_sequences, save_model
 from tests.training.score_inputs import json_lines
 
-
-@pytest.fixture(scope="module", autouse=True)
-def process_as_it_was() -> Iterator[None]:
-    """What `main` leaves in a process that goes on: the CUDA stand-in, log handlers, seeds."""
-    ours, megatron = logging.getLogger("megatron_flowrl"), logging.getLogger("megatron")
-    before = list(ours.handlers), ours.propagate, ours.level, megatron.level
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        yield
-    destroy_process_groups()
-    cuda_stand_in.uninstall()
-    current_platform.cache_clear()
-    ours.handlers, ours.propagate = before[0], before[1]
-    ours.setLevel(before[2])
-    megatron.setLevel(before[3])
+pytestmark = pytest.mark.usefixtures("process_as_it_was")
 
 
 @pytest.fixture(scope="module")

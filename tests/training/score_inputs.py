@@ -13,6 +13,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from megatron_flowrl.data.batch import TokenSequence
+from tests.distributed.ranks import REPOSITORY
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GOOD_LINE = '{"prompt": [1, 2], "response": [3, 4, 5]}\n'
@@ -350,3 +352,23 @@ def run_commands(commands: Sequence[dict[str, Any]], folder: Path) -> None:
 
 if __name__ == "__main__":
     run_commands(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
+
+
+def records(command: Command) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in command.output.read_text().splitlines()]
+
+
+def scored(run: Callable[[Command], Outcome], command: Command) -> list[dict[str, Any]]:
+    """The output of a command that has to succeed."""
+    outcome = run(command)
+    assert outcome.status == 0, outcome.err
+    return records(command)
+
+
+def run_process(command: Command, **options: Any) -> Outcome:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_flowrl", *command.arguments],
+        cwd=command.folder, env=environment, capture_output=True, text=True, timeout=240, **options,
+    )  # fmt: skip
+    return Outcome(done.returncode, done.stdout, done.stderr)

@@ -1,38 +1,24 @@
-"""`megatron-flowrl score` as its users run it: its numbers under every layout, and what it refuses."""
+"""`megatron-flowrl score` as its users run it: its numbers under every layout."""
 
 from __future__ import annotations
 
-import errno
 import json
-import logging
-import os
 import shutil
 import socket
-import subprocess
-import sys
-import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from megatron_flowrl.config import UserError
-from megatron_flowrl.platform import cuda_stand_in, current_platform
-from megatron_flowrl.platform.distributed import destroy_process_groups
-from megatron_flowrl.training import score
-from tests.distributed.ranks import REPOSITORY, run_module
-from tests.tiny_models import random_sequences, save_model
+from tests.distributed.ranks import run_module
+from tests.tiny_models import random_sequences
+from tests.training.conftest import Run
 from tests.training.score_inputs import (
-    BAD_INPUTS,
     GOOD_LINE,
     NORM,
-    ODD_INPUTS,
     TEXT,
-    BadInput,
     Command,
     Outcome,
     config,
@@ -40,69 +26,19 @@ from tests.training.score_inputs import (
     json_lines,
     lines,
     make_command,
+    records,
     run_main,
+    run_process,
     save_tokenizer,
+    scored,
     weights,
 )
 
 SEQUENCES = random_sequences(11, seed=5)
 LINES = json_lines(SEQUENCES)
 ENTROPY = "log_prob.entropy=true"
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-Run = Callable[[Command], Outcome]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def process_as_it_was() -> Iterator[None]:
-    """What `main` leaves in a process that goes on: the CUDA stand-in, log handlers, seeds."""
-    ours, megatron = logging.getLogger("megatron_flowrl"), logging.getLogger("megatron")
-    before = list(ours.handlers), ours.propagate, ours.level, megatron.level
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        yield
-    ours.handlers, ours.propagate = before[0], before[1]
-    ours.setLevel(before[2])
-    megatron.setLevel(before[3])
-    destroy_process_groups()  # only where a test has failed
-    cuda_stand_in.uninstall()
-    current_platform.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model("qwen2_tied", tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def command(tmp_path: Path, model: Path) -> Command:
-    return make_command(tmp_path / "run", model)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command line in this process, which belongs to no process group before and after."""
-
-    def run_here(command: Command) -> Outcome:
-        assert not dist.is_initialized(), "an earlier test left a process group"
-        for name in TORCHRUN:
-            monkeypatch.delenv(name, raising=False)
-        for name, value in command.environment.items():
-            monkeypatch.setenv(name, value)
-        outcome = run_main(command.arguments)
-        assert not dist.is_initialized()
-        return outcome
-
-    return run_here
-
-
-def records(command: Command) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in command.output.read_text().splitlines()]
-
-
-def scored(run: Run, command: Command) -> list[dict[str, Any]]:
-    """The output of a command that has to succeed."""
-    outcome = run(command)
-    assert outcome.status == 0, outcome.err
-    return records(command)
+pytestmark = pytest.mark.usefixtures("process_as_it_was")
 
 
 def assert_close(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
@@ -139,15 +75,6 @@ def one_process(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Comman
     assert outcome.status == 0, outcome.err
     assert outcome.out == "" and str(command.output) in outcome.err
     return command
-
-
-def run_process(command: Command, **options: Any) -> Outcome:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_flowrl", *command.arguments],
-        cwd=command.folder, env=environment, capture_output=True, text=True, timeout=240, **options,
-    )  # fmt: skip
-    return Outcome(done.returncode, done.stdout, done.stderr)
 
 
 def test_one_process_equals_transformers(one_process: Command, model: Path) -> None:
@@ -407,172 +334,3 @@ def test_torchrun(command: Command, run: Run) -> None:
     done = run_module("megatron_flowrl", command.arguments, ranks=2)
     assert done.returncode == 0, done.stdout
     assert_close(records(command), expected)
-
-
-# What is refused
-
-
-def snapshot(folder: Path) -> dict[str, tuple[Any, ...]]:
-    """All that lies in a folder: mode and, of files, time of change and content."""
-    found: dict[str, tuple[Any, ...]] = {}
-    for path in sorted(folder.rglob("*")):
-        status = path.lstat()
-        found[str(path)] = (
-            (status.st_mode, status.st_mtime_ns, path.read_bytes()) if path.is_file() else (status.st_mode,)
-        )
-    return found
-
-
-def refused(case: BadInput, command: Command, run: Run) -> None:
-    """Refused with a message, every file as it was: without a previous output, then with one."""
-    case.spoil(command)
-    names = {"folder": command.folder, "model": command.model}
-    for previous in (False, True):
-        if previous:
-            if command.output.exists() or not command.output.parent.is_dir():
-                break
-            command.output.write_text("previous\n")
-        before = snapshot(command.folder)
-        outcome = run(command)
-        assert outcome.status == 2 and outcome.out == ""
-        for text in case.says:
-            assert text.format(**names) in outcome.err
-        assert "error:" in outcome.err and "Traceback" not in outcome.err
-        assert len(outcome.err) < 4000, "a message is read by people"
-        assert snapshot(command.folder) == before
-
-
-@pytest.fixture
-def no_model_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(*_: object) -> NoReturn:
-        pytest.fail("the model was built before the input was refused")
-
-    monkeypatch.setattr(score, "build_parallel_model", build)
-
-
-@pytest.mark.usefixtures("no_model_is_built")
-@pytest.mark.parametrize("name", BAD_INPUTS)
-def test_bad_input_is_refused(name: str, command: Command, run: Run) -> None:
-    refused(BAD_INPUTS[name], command, run)
-
-
-@pytest.mark.usefixtures("no_model_is_built")
-@pytest.mark.parametrize("name", ODD_INPUTS)
-def test_odd_input_is_refused(name: str, command: Command, run: Run) -> None:
-    refused(ODD_INPUTS[name], command, run)
-
-
-@pytest.mark.usefixtures("no_model_is_built")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine may have FP8")
-def test_fp8_is_refused_on_the_cpu(command: Command, run: Run) -> None:
-    command.overrides = ["precision.fp8=hybrid"]
-    refused(BadInput(lambda _: None, ("precision.fp8 = ", "hybrid", "GPU", "precision.dtype")), command, run)
-
-
-def test_a_name_too_long_is_refused_before_the_work(no_model_is_built: None, run: Run, command: Command) -> None:
-    command.output = command.output.parent / ("x" * 300)
-    outcome = run(command)
-    assert outcome.status == 2 and "--output" in outcome.err and "too long" in outcome.err
-
-
-def test_a_link_as_output_stays_one(run: Run, command: Command) -> None:
-    real = command.folder / "real.jsonl"
-    command.output.symlink_to(real)
-    assert run(command).status == 0
-    assert command.output.is_symlink() and real.read_text()
-
-
-def test_several_problems_are_told_at_once(run: Run, command: Command) -> None:
-    command.overrides += ["seed=-1", "log_prob.temprature=2", "optimizer.lr=1"]
-    outcome = run(command)
-    assert outcome.status == 2
-    assert all(name in outcome.err for name in ("3 problems", "seed = -1", "log_prob.temprature", "optimizer.lr"))
-
-
-@pytest.mark.parametrize(
-    "arguments, says",
-    [
-        ([], "command"),
-        (["train"], "'train'"),
-        (["score"], "--input, --output"),
-        (["score", "--input", "in.jsonl"], "--output"),
-        (["score", "--input", "in.jsonl", "--output", "out.jsonl"], "model.path"),
-    ],
-)
-def test_what_is_missing_is_named(
-    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    outcome = run_main(arguments)
-    assert outcome.status == 2 and says in outcome.err
-    assert not any(tmp_path.iterdir())
-
-
-def test_help_has_every_setting_that_is_read_and_no_other() -> None:
-    outcome = run_main(["score", "--help"])
-    assert outcome.status == 0
-    read = ("--model", "--recipe", "log_prob.entropy", "model.init", "parallel.context_parallel_size", "seed")
-    assert all(name in outcome.out for name in read)
-    assert "optimizer.lr" not in outcome.out and "ddp." not in outcome.out
-
-
-def test_a_problem_that_only_the_second_rank_meets_before_they_are_joined_is_told(
-    run: Run, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Such as more processes than GPUs."""
-
-    def current_platform(local_rank: int) -> NoReturn:
-        raise UserError(f"local rank {local_rank} has no GPU")
-
-    monkeypatch.setattr(score, "current_platform", current_platform)
-    command.environment = dict(zip(TORCHRUN, ("1", "2", "1", "localhost", "1"), strict=True))
-    outcome = run(command)
-    assert outcome.status == 2 and "local rank 1 has no GPU" in outcome.err
-
-
-# Writing
-
-
-@pytest.mark.parametrize("previous", [None, "previous\n"])
-def test_an_interrupted_write_leaves_the_previous_output(
-    previous: str | None, run: Run, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At the last moment: the new file is there, and not yet in place."""
-    if previous is not None:
-        command.output.write_text(previous)
-    before = snapshot(command.folder)
-    monkeypatch.setattr(os, "replace", raising(KeyboardInterrupt()))
-    assert run(command).status == 130
-    assert snapshot(command.folder) == before
-    assert not dist.is_initialized()
-
-
-def test_an_output_that_cannot_be_put_in_place(run: Run, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    command.output.write_text("previous\n")
-    before = snapshot(command.folder)
-    monkeypatch.setattr(os, "replace", raising(OSError(errno.EIO, os.strerror(errno.EIO))))
-    outcome = run(command)
-    assert outcome.status == 2
-    assert f"--output '{command.output}'" in outcome.err and os.strerror(errno.EIO) in outcome.err
-    assert snapshot(command.folder) == before
-
-
-def raising(error: BaseException) -> Callable[..., NoReturn]:
-    def fail(*_: object) -> NoReturn:
-        raise error
-
-    return fail
-
-
-def test_a_full_disk_in_the_middle_of_the_write(command: Command) -> None:
-    """Played by the process's limit on the size of a file."""
-    resource = pytest.importorskip("resource")
-    command.input.write_text("".join(LINES * 5))
-    command.output.write_text("previous\n")
-    before = snapshot(command.folder)
-    limit = 4096
-    outcome = run_process(command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    assert outcome.status == 2, outcome.err
-    assert f"--output '{command.output}'" in outcome.err and os.strerror(errno.EFBIG) in outcome.err
-    assert "Traceback" not in outcome.err
-    assert snapshot(command.folder) == before
