@@ -20,6 +20,7 @@ from .schema import (
     PrecisionConfig,
     RecomputeConfig,
     ReferenceConfig,
+    RolloutConfig,
 )
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "PrecisionConfig",
     "RecomputeConfig",
     "ReferenceConfig",
+    "RolloutConfig",
     "SharedUserError",
     "UserError",
     "check_config",

@@ -37,11 +37,15 @@ def show(value: object) -> str:
 def nearest_key(wrong: str) -> str | None:
     """The existing key most like `wrong`.
 
-    Its last part counts first, so that a right name under a wrong section, or under none, is found.
+    Its last part counts first, so that a right name under a wrong section, or under none, is found; but a name much
+    like it in the section that was given comes before the same name in another.
     """
+    section, _, last = wrong.rpartition(".")
 
     def likeness(name: str) -> tuple[float, float]:
-        return _ratio(wrong.rpartition(".")[2], name.rpartition(".")[2]), _ratio(wrong, name)
+        its_section, _, its_last = name.rpartition(".")
+        ratio = _ratio(last, its_last)
+        return ratio + (its_section == section and ratio >= 0.75), _ratio(wrong, name)
 
     best = max(KEYS, key=likeness)
     return best if likeness(best)[0] >= 0.6 else None

@@ -213,6 +213,39 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class RolloutConfig:
+    """vLLM servers, which sample the answers."""
+
+    servers: PositiveInt = 1
+    """Servers (replicas) on this machine."""
+
+    tensor_parallel_size: PositiveInt = 1
+    """Workers that share the weights of one server."""
+
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Address the servers listen on. The routes that update weights know no authentication: the loopback, or a
+    private network."""
+
+    first_port: Annotated[int, Field(ge=1024, le=65535)] | None = None
+    """Port of the first server; the others follow. null: ports that are free."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Format of the sampler's weights and activations. On a CPU, float32: bfloat16 may end a worker there."""
+
+    max_model_len: PositiveInt | None = None
+    """Longest prompt and answer together, in tokens. null: the model's own limit."""
+
+    cpu_kv_cache_gib: PositiveInt = 4
+    """Memory of a server's key-value cache on a CPU, in GiB. On a GPU it is vLLM's --gpu-memory-utilization."""
+
+    start_timeout_seconds: PositiveFloat = 600.0
+    """How long a server may take to become ready."""
+
+    extra_arguments: Annotated[tuple[str, ...], Strict(False)] = ()
+    """Further arguments of vLLM's server, as they stand on its command line."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class CheckpointConfig:
     """Saving the state of training, and going on from it."""
 
@@ -265,5 +298,6 @@ class Config:
     data: DataConfig = DataConfig()
     log_prob: LogProbConfig = LogProbConfig()
     reference: ReferenceConfig = ReferenceConfig()
+    rollout: RolloutConfig = RolloutConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()

