@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_flowrl import __version__
-from megatron_flowrl.config import Config, SharedUserError, UserError, format_help, given_keys, load_config
+from megatron_flowrl.config import (
+    Config,
+    SharedUserError,
+    UserError,
+    check_config,
+    format_help,
+    given_keys,
+    load_config,
+)
 from megatron_flowrl.observe.log import configure_logging
 
 if TYPE_CHECKING:
@@ -44,6 +52,15 @@ Every rank reads and holds only its part, in any layout:
   torchrun --nproc_per_node 4 -m megatron_flowrl convert megatron-to-hf runs/math/checkpoints out \\
       parallel.tensor_model_parallel_size=4
 """
+_SERVE = """vLLM servers for a Hugging Face folder, until a signal to stop (Ctrl-C, SIGTERM).
+
+When all are ready, a line {"urls": ["http://127.0.0.1:8000", ...]} is printed. Each writes to a log of its own. What
+the servers have started ends with this command, however it ends.
+
+  megatron-flowrl serve --model Qwen2.5-0.5B rollout.servers=2 rollout.dtype=float32
+"""
+_SERVE_SECTIONS = ("model", "rollout", "logging")
+
 _CONVERT_SECTIONS = ("seed", "model", "parallel", "precision", "logging")
 _EXPORT_SECTIONS = ("model", "parallel", "logging")
 _INSPECT_SECTIONS = ("logging",)
@@ -60,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "command",
         choices=tuple(_COMMANDS),
-        help="score: log-probs of given responses; convert: between Hugging Face and Megatron",
+        help="score: log-probs of given responses; convert: between Hugging Face and Megatron; serve: vLLM servers",
     )
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its arguments; see COMMAND --help")
     parsed = parser.parse_args(arguments)
@@ -92,6 +109,18 @@ def _score(arguments: Sequence[str]) -> None:
     from megatron_flowrl.training.score import score  # Megatron, which talks while it loads, only now
 
     score(config, world, given.input, given.output)
+
+
+def _serve(arguments: Sequence[str]) -> None:
+    parser = _command_parser("serve", _SERVE, _SERVE_SECTIONS)
+    parser.add_argument("--model", metavar="DIR", help="Hugging Face folder; short for model.path=DIR")
+    parser.add_argument("--logs", metavar="DIR", default="logs", help="folder for the servers' logs (default: logs)")
+    given = parser.parse_intermixed_args(arguments)
+    config, _ = _settings("serve", given, _SERVE_SECTIONS, given.model)
+    check_config(config)
+    from megatron_flowrl.rollout.serve import make_servers, serve
+
+    serve(make_servers(config, Path(given.logs)))
 
 
 def _convert(arguments: Sequence[str]) -> None:
@@ -185,4 +214,4 @@ def _settings(
     return config, world
 
 
-_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"score": _score, "convert": _convert}
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"score": _score, "convert": _convert, "serve": _serve}

@@ -16,7 +16,18 @@ def check_config(config: Config) -> None:
     Raises:
         UserError: with all the problems found.
     """
-    rules = (_model, _pipeline, _data_parallel, _fp8, _bf16_layers, _recompute, _schedule, _checkpoint, _reference)
+    rules = (
+        _model,
+        _pipeline,
+        _data_parallel,
+        _fp8,
+        _bf16_layers,
+        _recompute,
+        _schedule,
+        _checkpoint,
+        _reference,
+        _rollout,
+    )
     problems = [problem for rule in rules for problem in rule(config)]
     if problems:
         raise UserError(*problems)
@@ -154,6 +165,15 @@ def _checkpoint(config: Config) -> Iterator[str]:
             config,
             "has no effect while checkpoint.save is null; give that a folder",
             *(f"checkpoint.{name}" for name in ("save_interval", "async_save", "keep_last", "load_optim")),
+        )
+
+
+def _rollout(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    if rollout.first_port is not None and rollout.first_port + rollout.servers - 1 > 65535:
+        yield (
+            f"rollout.first_port = {rollout.first_port} leaves no port for the last of rollout.servers = "
+            f"{rollout.servers}: ports end at 65535; lower one of them"
         )
 
 

@@ -13,6 +13,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -97,10 +98,13 @@ class VllmServer:
             return False
         return isinstance(answer, dict) and isinstance(answer.get("world_size"), int)
 
-    def wait_until_ready(self) -> None:
-        """Raises ServerError, with the end of the log, where the server ends or is not ready in time."""
+    def wait_until_ready(self, stop: threading.Event | None = None) -> None:
+        """Raises ServerError, with the end of the log, where the server ends or is not ready in time.
+
+        Returns early when `stop` is set.
+        """
         deadline = time.monotonic() + self.settings.start_timeout_seconds
-        while not self.is_ready():
+        while not (stop is not None and stop.is_set()) and not self.is_ready():
             if not self.is_running():
                 raise self.failure("ended before it was ready")
             if time.monotonic() > deadline:
@@ -119,13 +123,16 @@ class VllmServer:
         except (ValueError, http.client.HTTPException) as error:
             raise OSError(f"{self.url}{path} did not answer JSON: {error}") from error
 
+    def ask_to_stop(self) -> None:
+        """Let the guard end the server, and return at once."""
+        if self._guard is not None and self._guard.stdin is not None:
+            self._guard.stdin.close()
+
     def stop(self) -> None:
         """End the server and wait for it; safe to call twice."""
-        if self._guard is None:
-            return
-        assert self._guard.stdin is not None
-        self._guard.stdin.close()
-        self._guard.wait()
+        self.ask_to_stop()
+        if self._guard is not None:
+            self._guard.wait()
 
     def failure(self, what: str) -> ServerError:
         """An error about this server that shows the end of its log."""
@@ -186,8 +193,3 @@ def _bound(host: str, port: int) -> socket.socket:
             f"rollout.host = {host!r}, port {port}: cannot listen there ({reason}); give another"
         ) from error
     return probe
-
-
-def logs_of(folder: Path, index: int) -> Path:
-    """The log of server number `index`."""
-    return folder / f"server_{index}.log"

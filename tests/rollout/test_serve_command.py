@@ -1,0 +1,124 @@
+"""`megatron-flowrl serve`: servers until a signal; with a program in vLLM's place."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_flowrl.cli import main
+from tests.distributed.ranks import REPOSITORY
+from tests.rollout.test_server import FAKE, is_alive, wait_for
+from tests.tiny_models import save_model
+
+pytestmark = pytest.mark.usefixtures("process_as_it_was")
+
+# The command, with each server's program replaced: server number N runs in FOLDER/N, in the mode that follows.
+_WITH_FAKES = """
+import sys
+from pathlib import Path
+from megatron_flowrl.cli import main
+from megatron_flowrl.rollout.server import VllmServer
+folder, modes, arguments = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:]
+
+def command(self):
+    number = int(self.log.stem.partition("_")[2])
+    place = folder / str(number)
+    place.mkdir(exist_ok=True)
+    return [sys.executable, %r, str(self.port), modes[number], str(place)]
+
+VllmServer.command = command
+main(["serve", *arguments])
+""" % str(FAKE)  # noqa: UP031
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model("qwen2", tmp_path_factory.mktemp("model"))
+
+
+def start(folder: Path, model: Path, modes: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _WITH_FAKES, str(folder), modes, "--model", str(model), "--logs", str(folder / "logs"),
+         f"rollout.servers={modes.count(',') + 1}", *arguments],
+        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def processes(folder: Path) -> list[int]:
+    return [process for file in folder.glob("*/processes") for process in json.loads(file.read_text())]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_servers_until_a_signal(tmp_path: Path, model: Path, how: signal.Signals) -> None:
+    command = start(tmp_path, model, "normal,normal")
+    assert command.stdout is not None
+    urls = json.loads(command.stdout.readline())["urls"]
+    assert len(set(urls)) == 2 and all(url.startswith("http://127.0.0.1:") for url in urls)
+    assert len(processes(tmp_path)) == 4 and all(map(is_alive, processes(tmp_path)))
+    command.send_signal(how)
+    _, said = command.communicate(timeout=30)
+    assert command.returncode == 0, said
+    assert not any(map(is_alive, processes(tmp_path)))
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["server_0.log", "server_1.log"]
+
+
+def test_one_that_does_not_start_ends_all(tmp_path: Path, model: Path) -> None:
+    command = start(tmp_path, model, "normal,dies")
+    said, errors = command.communicate(timeout=60)
+    assert command.returncode == 2 and not said
+    assert "ended before it was ready" in errors and "ValueError: no such model" in errors
+    assert "Traceback" not in errors
+    assert not any(map(is_alive, processes(tmp_path)))
+
+
+def test_one_that_ends_by_itself_ends_all(tmp_path: Path, model: Path) -> None:
+    command = start(tmp_path, model, "normal,normal")
+    assert command.stdout is not None
+    command.stdout.readline()
+    (victim, _) = json.loads((tmp_path / "1" / "processes").read_text())
+    os.kill(victim, signal.SIGKILL)
+    _, errors = command.communicate(timeout=30)
+    assert command.returncode == 2 and "ended by itself" in errors
+    # Killed so soon after its start that its guard may not have seen the file.
+    Path((tmp_path / "1" / "shared").read_text()).unlink(missing_ok=True)
+    wait_for(lambda: not any(map(is_alive, processes(tmp_path))))
+
+
+def test_interrupted_while_starting(tmp_path: Path, model: Path) -> None:
+    command = start(tmp_path, model, "silent")
+    wait_for(lambda: (tmp_path / "0" / "processes").exists())
+    command.send_signal(signal.SIGINT)
+    said, errors = command.communicate(timeout=30)
+    assert command.returncode == 0 and not said, errors
+    assert not any(map(is_alive, processes(tmp_path)))
+
+
+def test_what_cannot_be_served_is_named(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["convert", "hf-to-megatron", str(model), str(tmp_path / "run")])
+    given = ["--model", str(model), "--logs", str(tmp_path / "logs")]
+    for arguments, message in (
+        (["--model", str(tmp_path / "run")], "is a checkpoint of this program; vLLM serves Hugging Face folders"),
+        (["--model", str(tmp_path / "gone")], "gone' does not exist"),
+        ([], "model.path is empty"),
+        ([*given, "rollout.tensor_parallel_size=3"], "3 does not divide the model's num_attention_heads = 4"),
+        ([*given, "rollout.max_model_len=513"], "rollout.max_model_len = 513 is above the model's limit of 512"),
+        (
+            [*given, "rollout.first_port=65535", "rollout.servers=2"],
+            "leaves no port for the last of rollout.servers = 2",
+        ),
+        ([*given, "rollout.first_port=80"], "rollout.first_port"),
+        ([*given, "rollout.host=192.0.2.1"], "rollout.host = '192.0.2.1', port 0: cannot listen there"),
+        ([*given, "optimizer.lr=1"], "optimizer.lr"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main(["serve", *arguments])
+        assert caught.value.code == 2
+        assert message in " ".join(capsys.readouterr().err.split()), arguments
+    assert not (tmp_path / "logs").exists()
