@@ -122,7 +122,9 @@ def _parallel_model(config: Config, world: World, check_output: Callable[[], Non
         check_agreement("the checkpoint that the path leads to", config.model.path)
         check_agreement(f"{config.model.path}/config.json", architecture)
         model = freeze(build_parallel_model(architecture, config, platform))
-        load_weights(model, source)
+        parameters = sum(1 for module in model.modules for _ in module.parameters())
+        with progress(config.logging, world.rank, parameters, "reading") as advance:
+            load_weights(model, source, advance)
         yield model
     except BaseException as error:
         # After an error of this rank alone the others may be inside a collective: leaving would wait for them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from megatron.core import parallel_state
@@ -37,9 +37,10 @@ def shard_of(model: LanguageModel) -> Shard:
 
 
 @torch.no_grad()
-def load_weights(model: ParallelModel, source: WeightSource) -> None:
+def load_weights(model: ParallelModel, source: WeightSource, on_parameter: Callable[[], object] = lambda: None) -> None:
     """Fill this rank's parameters, in place, cast to their dtype. All ranks call it together.
 
+    `on_parameter` is called after each parameter, but for a checkpoint, which is loaded as a whole.
     This project's own heads keep their values, unless the source is a checkpoint that has them.
     """
     if isinstance(source, CheckpointSource):
@@ -54,6 +55,7 @@ def load_weights(model: ParallelModel, source: WeightSource) -> None:
                 _fill_quantized(name, parameter, model.architecture, shard, source)
             else:
                 _fill(name, parameter, model.architecture, shard, source)
+            on_parameter()
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from megatron_flowrl.checkpoint import export
 from megatron_flowrl.checkpoint.manifest import read_manifest
 from megatron_flowrl.cli import main
+from tests.distributed.ranks import REPOSITORY
 from tests.tiny_models import random_sequences, save_model
 from tests.training.score_inputs import json_lines
 
@@ -198,6 +200,19 @@ def test_an_import_that_was_cut_off_can_be_repeated(model: Path, tmp_path: Path)
     (tmp_path / "run" / ".step_00000000.partial-dead").mkdir(parents=True)
     main(["convert", "hf-to-megatron", str(model), str(tmp_path / "run")])
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "latest", "step_00000000"]
+
+
+@pytest.mark.parametrize(
+    "script, kind",
+    [("hf_to_megatron", "hf-to-megatron"), ("megatron_to_hf", "megatron-to-hf"), ("inspect_checkpoint", "inspect")],
+)
+def test_the_scripts_are_the_command(
+    script: str, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", [script, "--help"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(REPOSITORY / "tools" / f"{script}.py"), run_name="__main__")
+    assert caught.value.code == 0 and f"megatron-flowrl convert {kind}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["hf-to-megatron", "megatron-to-hf", "inspect"])

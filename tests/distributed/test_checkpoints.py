@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from safetensors.torch import load_file
 
 from megatron_flowrl.checkpoint.manifest import problem_with, read_manifest
 from megatron_flowrl.platform import Platform
@@ -162,6 +164,17 @@ def test_a_save_written_three_steps_later_is_the_synchronous_one(runs: Any, fold
     assert runs["async"]["last_saved"] == SAVED_AT
     assert runs["async"]["losses"] == runs["saved_dp2"]["losses"]
     assert_same(stored(folder / "async" / "step_00000003"), stored(folder / "saved_dp2" / "step_00000003"))
+
+
+def test_the_weights_of_a_run_are_exported_without_its_own_heads(runs: Any, folder: Path, tmp_path: Path) -> None:
+    """Trained under TP2 with Adam's states and log Z, exported in one process."""
+    tool = [sys.executable, "tools/megatron_to_hf.py", str(folder / "saved"), str(tmp_path / "out")]
+    done = subprocess.run(
+        tool, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert_same(load_file(tmp_path / "out" / "model.safetensors"), runs["tp2"]["weights_at_start"])
 
 
 def test_checksums_are_those_of_the_files(runs: Any, folder: Path) -> None:
