@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from _report import circumstances
+from megatron.core import parallel_state
 from transformers import Qwen2Config
 
 from megatron_flowrl.checkpoint import convert
@@ -40,8 +41,8 @@ from megatron_flowrl.config import CheckpointConfig, Config, LoggingConfig, Mode
 from megatron_flowrl.model.architecture import read_architecture
 from megatron_flowrl.model.build import build_parallel_model, wrap_for_training
 from megatron_flowrl.observe.log import configure_logging
-from megatron_flowrl.platform import current_platform
-from megatron_flowrl.platform.distributed import World, initialize_process_groups, read_world
+from megatron_flowrl.platform import current_platform, distributed
+from megatron_flowrl.platform.distributed import World, destroy_process_groups, initialize_process_groups, read_world
 from megatron_flowrl.training.optimizer import Optimizer
 
 RANKS = 2
@@ -138,7 +139,7 @@ def conversions(folder: Path, world: World, bucket_bytes: int) -> dict[str, obje
     source, target = torch.ones(total, dtype=torch.uint8), torch.empty(total, dtype=torch.uint8)
     target.copy_(source)
     copied = measured(lambda: target.copy_(source))
-    convert.destroy_process_groups()
+    parallel_state.destroy_model_parallel()
     largest = max(info.nbytes for info in stream.metadata())
     return {
         "parameters": total // 2,
@@ -183,15 +184,12 @@ def saves(folder: Path, world: World) -> dict[str, object]:
         assert writer.last_saved == 3
         size = sum(f.stat().st_size for f in (folder / name / "step_00000003").rglob("*"))
         result[name] = {"bytes": size, "blocked_seconds": blocked, "on_disk_seconds": on_disk}
-        convert.destroy_process_groups()
+        parallel_state.destroy_model_parallel()
     return result
 
 
 def worker(folder: Path, bucket_bytes: int) -> None:
-    leave = convert.destroy_process_groups
-    from megatron.core import parallel_state
-
-    convert.destroy_process_groups = parallel_state.destroy_model_parallel  # one group of all ranks for everything
+    distributed.destroy_process_groups = parallel_state.destroy_model_parallel  # one group of all ranks for everything
     world, platform = read_world(), current_platform(read_world().local_rank)
     configure_logging(QUIET, world.rank)
     initialize_process_groups(world, ParallelConfig(), platform, 0)
@@ -199,7 +197,7 @@ def worker(folder: Path, bucket_bytes: int) -> None:
     result = {"conversions": conversions(folder, world, bucket_bytes), "saves": saves(folder, world)}
     if world.rank == 0:
         (folder / "result.json").write_text(json.dumps(result))
-    leave()
+    destroy_process_groups()
 
 
 def main() -> None:

@@ -28,8 +28,7 @@ from megatron_flowrl.platform.distributed import (
     World,
     alike,
     check_agreement,
-    destroy_process_groups,
-    initialize_process_groups,
+    process_groups,
     together,
 )
 
@@ -90,7 +89,7 @@ def megatron_to_hugging_face(
         stream = WeightStream(model, dtype=to, bucket_bytes=bucket_bytes)
         with progress(config.logging, world.rank, len(stream.metadata()), "exporting") as advance:
             export_hugging_face(stream, folder.hugging_face, output, max_shard_bytes=max_shard_bytes, on_tensor=advance)
-        logger.info("%s written: %.2f GB", output, sum(tensor.nbytes for tensor in stream.metadata()) / 1e9)
+        logger.info("%s written: %.1f MB", output, sum(tensor.nbytes for tensor in stream.metadata()) / 1e6)
 
 
 def _check_run_folder(output: Path) -> None:
@@ -111,8 +110,7 @@ def _parallel_model(config: Config, world: World, check_output: Callable[[], Non
     platform = current_platform(world.local_rank)
     check_platform(config, platform)
     logger.info(platform.describe())
-    initialize_process_groups(world, config.parallel, platform, config.seed)
-    try:
+    with process_groups(world, config.parallel, platform, config.seed):
         with together():
             if world.rank == 0:  # the one that makes the folder
                 check_output()
@@ -126,9 +124,3 @@ def _parallel_model(config: Config, world: World, check_output: Callable[[], Non
         with progress(config.logging, world.rank, parameters, "reading") as advance:
             load_weights(model, source, advance)
         yield model
-    except BaseException as error:
-        # After an error of this rank alone the others may be inside a collective: leaving would wait for them.
-        if world.size == 1 or isinstance(error, SharedUserError):
-            destroy_process_groups()
-        raise
-    destroy_process_groups()

@@ -87,6 +87,20 @@ def initialize_process_groups(world: World, parallel: ParallelConfig, platform: 
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
+@contextmanager
+def process_groups(world: World, parallel: ParallelConfig, platform: Platform, seed: int) -> Iterator[None]:
+    """The groups of `initialize_process_groups` for a block, left in order where all ranks leave it."""
+    initialize_process_groups(world, parallel, platform, seed)
+    try:
+        yield
+    except BaseException as error:
+        # After an error of this rank alone the others may be inside a collective: leaving in order would wait for them.
+        if world.size == 1 or isinstance(error, SharedUserError):
+            destroy_process_groups()
+        raise
+    destroy_process_groups()
+
+
 def destroy_process_groups() -> None:
     """Leave all groups; safe to call when none was joined."""
     from megatron.core import parallel_state

@@ -19,7 +19,7 @@ import torch
 from megatron_flowrl.checkpoint.load import load_weights
 from megatron_flowrl.checkpoint.locate import locate_model
 from megatron_flowrl.checkpoint.sources import open_source
-from megatron_flowrl.config import Config, SharedUserError, UserError, check_config, data_parallel_size
+from megatron_flowrl.config import Config, UserError, check_config, data_parallel_size
 from megatron_flowrl.data.batch import TokenSequence
 from megatron_flowrl.data.jsonl import read_sequences
 from megatron_flowrl.data.packing import PackingPlan
@@ -33,8 +33,7 @@ from megatron_flowrl.platform.distributed import (
     World,
     alike,
     check_agreement,
-    destroy_process_groups,
-    initialize_process_groups,
+    process_groups,
     together,
 )
 from megatron_flowrl.training.passes import ScoredTokens, forward_only, gather_tokens, local_batches
@@ -58,8 +57,7 @@ def score(config: Config, world: World, input_path: str, output_path: str) -> No
     platform = current_platform(world.local_rank)
     check_platform(config, platform)
     logger.info(platform.describe())
-    initialize_process_groups(world, config.parallel, platform, config.seed)
-    try:
+    with process_groups(world, config.parallel, platform, config.seed):
         with together():
             architecture = read_architecture(folder.hugging_face)
             check_layout(architecture, config)
@@ -92,12 +90,6 @@ def score(config: Config, world: World, input_path: str, output_path: str) -> No
             "scored %d sequences, %d tokens in %.1f s (%.0f tokens/s) into %s",
             len(sequences), tokens, seconds, tokens / seconds, output_path,
         )  # fmt: skip
-    except BaseException as error:
-        # After an error of this rank alone the others may be inside a collective: leaving in order would wait for them.
-        if world.size == 1 or isinstance(error, SharedUserError):
-            destroy_process_groups()
-        raise
-    destroy_process_groups()
 
 
 def _score(

@@ -62,8 +62,7 @@ def saved(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
         training.step()
         training.save()
         weights[step] = training.weights()
-    assert training.writer is not None
-    training.writer.wait()
+    training.wait()
     destroy_process_groups()
     return root, weights
 
@@ -205,8 +204,7 @@ def test_a_fresh_optimizer_begins_from_the_weights_that_were_loaded(
     training.step()
     training.save()
     weights = training.weights()
-    assert training.writer is not None
-    training.writer.wait()
+    training.wait()
     destroy_process_groups()
     fresh = settings | {"checkpoint.load_optim": False, "optimizer.lr": 0.0}
     training = _resume(model, tmp_path / "run", settings=fresh)
@@ -269,8 +267,7 @@ def test_a_failing_prune_does_not_fail_the_save(
 
     monkeypatch.setattr(CheckpointFolder, "prune", busy)
     training.save()
-    assert training.writer is not None
-    training.writer.wait()
+    training.wait()
     assert training.writer.last_saved == 2
     assert "could not tidy up: [Errno 16] Device or resource busy" in said()
 
@@ -280,8 +277,7 @@ def test_records_that_were_cut_off_are_made_again(
 ) -> None:
     monkeypatch.setattr(writer, "write_file", lambda path, _: path.write_text("{"))
     training.save()
-    assert training.writer is not None
-    training.writer.wait()
+    training.wait()
     assert training.writer.last_saved == 2
     assert reader.verified_manifest(tmp_path / "run" / "step_00000002", checksums=True).step == 2
 
@@ -339,8 +335,7 @@ def training(model: str, tmp_path: Path, said: Callable[[], str]) -> Training:
     training.step()
     training.save()
     training.step()
-    assert training.writer is not None
-    training.writer.wait()
+    training.wait()
     return training
 
 
@@ -359,8 +354,7 @@ def test_no_room_is_seen_before_writing(
         _save_in_trouble(training, said, "GB free and the checkpoint takes 0.02 GB: make room, or lower")
         _only_good_checkpoints(training, tmp_path / "run", [1])
     training.save()
-    assert training.writer is not None
-    training.writer.wait()
+    training.wait()
     _only_good_checkpoints(training, tmp_path / "run", [1, 2])
 
 
@@ -380,8 +374,7 @@ def test_a_disk_that_fills_up_while_writing(
     _only_good_checkpoints(training, tmp_path / "run", [1])
     training.step()
     training.save()
-    assert training.writer is not None
-    training.writer.wait()
+    training.wait()
     _only_good_checkpoints(training, tmp_path / "run", [1, 3])
 
 

@@ -139,6 +139,10 @@ class Training:
         assert self.writer is not None
         self.writer.save(self.state, self.done, {"consumed_sequences": self.done * NUM_SEQUENCES})
 
+    def wait(self) -> None:
+        if self.writer is not None:
+            self.writer.wait()
+
 
 def _hold_writers(gate: Path) -> None:
     """The forked writers wait for `gate` to appear, while training goes on."""

@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from megatron_flowrl.checkpoint import convert
 from megatron_flowrl.config import load_config
 from megatron_flowrl.observe.log import configure_logging
+from megatron_flowrl.platform import distributed
 from megatron_flowrl.platform.distributed import World, destroy_process_groups, read_world
 
 
@@ -34,7 +35,7 @@ def run(job: dict[str, Any], world: World) -> None:
 
 def main() -> None:
     # The group of all ranks is joined once: under one torchrun it cannot be made again.
-    convert.destroy_process_groups = parallel_state.destroy_model_parallel
+    distributed.destroy_process_groups = parallel_state.destroy_model_parallel
     world = read_world()
     for job in json.loads(Path(sys.argv[1]).read_text()):
         run(job, world)

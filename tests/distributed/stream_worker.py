@@ -29,17 +29,16 @@ from megatron_flowrl.platform.distributed import (
     initialize_process_groups,
     read_world,
 )
+from tests.distributed.layouts import parallel
 
-_TP, _PP, _VPP, _CP = (
-    f"parallel.{name}"
-    for name in (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "virtual_pipeline_model_parallel_size",
-        "context_parallel_size",
-    )
-)
-LAYOUTS: list[dict[str, int]] = [{_TP: 2, _PP: 2}, {_PP: 2, _VPP: 2}, {_TP: 4}, {_TP: 2, _CP: 2}, {_PP: 4}, {}]
+LAYOUTS: list[dict[str, int]] = [
+    parallel(tp=2, pp=2),
+    parallel(pp=2, vpp=2),
+    parallel(tp=4),
+    parallel(tp=2, cp=2),
+    parallel(pp=4),
+    {},
+]
 
 
 def build(path: Path, settings: dict[str, Any]) -> ParallelModel:

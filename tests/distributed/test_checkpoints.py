@@ -17,21 +17,12 @@ from safetensors.torch import load_file
 
 from megatron_flowrl.checkpoint.manifest import problem_with, read_manifest
 from megatron_flowrl.platform import Platform
+from tests.distributed.layouts import parallel
 from tests.distributed.ranks import REPOSITORY, run_module, run_worker
 from tests.tiny_models import VOCABULARY, save_model
 
 pytestmark = pytest.mark.distributed
 
-_TP, _PP, _VPP, _CP, _SP = (
-    f"parallel.{name}"
-    for name in (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "virtual_pipeline_model_parallel_size",
-        "context_parallel_size",
-        "sequence_parallel",
-    )
-)
 _OVERLAP = {"ddp.overlap_grad_reduce": True, "ddp.overlap_param_gather": True, "ddp.bucket_size": 20000}
 _BF16 = {"precision.dtype": "bfloat16"}
 _NO_CLIP = {"optimizer.clip_grad": 0.0}  # with it, overlap adds the norm up in another order
@@ -42,13 +33,13 @@ SAVED_AT, UNTIL = 3, 8
 OTHERS: dict[int, dict[str, dict[str, Any]]] = {
     1: {"one": {}},
     2: {
-        "tp2": {_TP: 2},
-        "pp2_vpp2": {_PP: 2, _VPP: 2},
+        "tp2": parallel(tp=2),
+        "pp2_vpp2": parallel(pp=2, vpp=2),
         "dp2": {},
         "dp2_replicated": {"ddp.use_distributed_optimizer": False},
-        "cp2": {_CP: 2},
+        "cp2": parallel(cp=2),
     },
-    4: {"tp2_sp_pp2": {_TP: 2, _SP: True, _PP: 2}, "pp2_dp2_overlap": {_PP: 2} | _OVERLAP},
+    4: {"tp2_sp_pp2": parallel(tp=2, sp=True, pp=2), "pp2_dp2_overlap": parallel(pp=2) | _OVERLAP},
 }
 NAMES = [name for layouts in OTHERS.values() for name in layouts]
 
@@ -81,12 +72,12 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
 
     results = _start(
         [
-            saving("saved", {_TP: 2} | _SYNCHRONOUS),
+            saving("saved", parallel(tp=2) | _SYNCHRONOUS),
             saving("saved_dp2", _SYNCHRONOUS | _NO_CLIP),
             saving("async", _OVERLAP | _NO_CLIP, hold_writers_until=SAVED_AT + 3),
-            saving("saved_bf16", _BF16 | {_PP: 2}),
-            reading("bf16_same", _BF16 | {_PP: 2}, "saved_bf16"),
-            reading("bf16_tp2", _BF16 | {_TP: 2}, "saved_bf16"),
+            saving("saved_bf16", _BF16 | parallel(pp=2)),
+            reading("bf16_same", _BF16 | parallel(pp=2), "saved_bf16"),
+            reading("bf16_tp2", _BF16 | parallel(tp=2), "saved_bf16"),
             reading("bf16_replicated", _BF16 | {"ddp.use_distributed_optimizer": False}, "saved_bf16"),
         ],
         2,

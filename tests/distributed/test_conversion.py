@@ -14,27 +14,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_flowrl.checkpoint.manifest import read_manifest
+from tests.distributed.layouts import parallel
 from tests.distributed.ranks import run_worker
 from tests.tiny_models import MODELS, save_model
 
 pytestmark = pytest.mark.distributed
 
-_TP, _PP, _VPP = (
-    f"parallel.{name}"
-    for name in (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "virtual_pipeline_model_parallel_size",
-    )
-)
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "one": (1, {}),
-    "tp2": (2, {_TP: 2}),
-    "pp2": (2, {_PP: 2}),
-    "pp2_vpp2": (2, {_PP: 2, _VPP: 2}),
+    "tp2": (2, parallel(tp=2)),
+    "pp2": (2, parallel(pp=2)),
+    "pp2_vpp2": (2, parallel(pp=2, vpp=2)),
     "dp2": (2, {}),
-    "tp2_pp2": (4, {_TP: 2, _PP: 2}),
-    "tp2_dp2": (4, {_TP: 2}),
+    "tp2_pp2": (4, parallel(tp=2, pp=2)),
+    "tp2_dp2": (4, parallel(tp=2)),
 }
 # Every layout of import and of export, and every family under both kinds of parallelism.
 WAYS = [

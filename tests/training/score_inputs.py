@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_flowrl.data.batch import TokenSequence
 from tests.distributed.ranks import REPOSITORY
+from tests.tiny_models import random_sequences
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GOOD_LINE = '{"prompt": [1, 2], "response": [3, 4, 5]}\n'
@@ -62,6 +63,11 @@ def make_command(folder: Path, model: Path, *overrides: str, lines: Iterable[str
 
 def json_lines(sequences: Iterable[TokenSequence]) -> list[str]:
     return [json.dumps({"prompt": s.prompt, "response": s.response}) + "\n" for s in sequences]
+
+
+SEQUENCES = random_sequences(11, seed=5)
+LINES = json_lines(SEQUENCES)
+ENTROPY = "log_prob.entropy=true"
 
 
 @dataclasses.dataclass(frozen=True)

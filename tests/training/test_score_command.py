@@ -13,17 +13,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.distributed.ranks import run_module
-from tests.tiny_models import random_sequences
 from tests.training.conftest import Run
 from tests.training.score_inputs import (
+    ENTROPY,
     GOOD_LINE,
+    LINES,
     NORM,
+    SEQUENCES,
     TEXT,
     Command,
     Outcome,
     config,
     input_gone,
-    json_lines,
     lines,
     make_command,
     records,
@@ -33,10 +34,6 @@ from tests.training.score_inputs import (
     scored,
     weights,
 )
-
-SEQUENCES = random_sequences(11, seed=5)
-LINES = json_lines(SEQUENCES)
-ENTROPY = "log_prob.entropy=true"
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
 

@@ -14,21 +14,16 @@ import torch.distributed as dist
 
 from megatron_flowrl.config import UserError
 from megatron_flowrl.training import score
-from tests.tiny_models import random_sequences
 from tests.training.conftest import TORCHRUN, Run
 from tests.training.score_inputs import (
     BAD_INPUTS,
+    LINES,
     ODD_INPUTS,
     BadInput,
     Command,
-    json_lines,
     run_main,
     run_process,
 )
-
-SEQUENCES = random_sequences(11, seed=5)
-LINES = json_lines(SEQUENCES)
-ENTROPY = "log_prob.entropy=true"
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
 
