@@ -18,6 +18,7 @@ setup(
     packages=find_packages(include=["megatron_flowrl", "megatron_flowrl.*"]),
     python_requires=">=3.11",
     install_requires=[
+        "aiohttp>=3.10",
         "megatron-core>=0.16.1",
         "psutil",
         "pydantic>=2.11",
@@ -38,5 +39,9 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.8"],
         "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "types-PyYAML"],
     },
-    entry_points={"console_scripts": ["megatron-flowrl = megatron_flowrl.cli:main"]},
+    entry_points={
+        "console_scripts": ["megatron-flowrl = megatron_flowrl.cli:main"],
+        # vLLM's processes load it: it names the transfer engines of megatron_flowrl/rollout/transfer.
+        "vllm.general_plugins": ["megatron_flowrl = megatron_flowrl.rollout.transfer.plugin:register"],
+    },
 )

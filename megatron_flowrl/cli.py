@@ -59,7 +59,7 @@ the servers have started ends with this command, however it ends.
 
   megatron-flowrl serve --model Qwen2.5-0.5B rollout.servers=2 rollout.dtype=float32
 """
-_SERVE_SECTIONS = ("model", "rollout", "logging")
+_SERVE_SECTIONS = ("seed", "model", "rollout", "logging")
 
 _CONVERT_SECTIONS = ("seed", "model", "parallel", "precision", "logging")
 _EXPORT_SECTIONS = ("model", "parallel", "logging")
@@ -118,9 +118,10 @@ def _serve(arguments: Sequence[str]) -> None:
     given = parser.parse_intermixed_args(arguments)
     config, _ = _settings("serve", given, _SERVE_SECTIONS, given.model)
     check_config(config)
-    from megatron_flowrl.rollout.serve import make_servers, serve
+    from megatron_flowrl.rollout.serve import make_servers, servable, serve
 
-    serve(make_servers(config, Path(given.logs)))
+    servers = make_servers(config, servable(config.model.path), Path(given.logs))
+    serve(servers, config.rollout.max_restarts)
 
 
 def _convert(arguments: Sequence[str]) -> None:

@@ -13,18 +13,9 @@ from functools import cache
 from torch import Tensor
 
 from megatron_flowrl.checkpoint.families import FAMILIES, HuggingFaceTensor, Parameter, Role, dimensions
+from megatron_flowrl.checkpoint.slices import Slice
 from megatron_flowrl.model.architecture import Architecture
 from megatron_flowrl.model.gpt import OWN_HEADS
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Elements `start` to `stop` along dimension `dim` of the Hugging Face tensor `name`."""
-
-    name: str
-    dim: int
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True)

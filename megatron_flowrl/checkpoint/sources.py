@@ -15,7 +15,8 @@ from torch import Tensor
 
 from megatron_flowrl.checkpoint.locate import locate_model
 from megatron_flowrl.checkpoint.manifest import read_manifest
-from megatron_flowrl.checkpoint.mapping import Slice, hugging_face_shapes
+from megatron_flowrl.checkpoint.mapping import hugging_face_shapes
+from megatron_flowrl.checkpoint.slices import Slice
 from megatron_flowrl.config import Config, UserError
 from megatron_flowrl.model.architecture import Architecture
 

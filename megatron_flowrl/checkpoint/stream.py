@@ -18,7 +18,8 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor
 
 from megatron_flowrl.checkpoint.load import global_parameters, shard_of
-from megatron_flowrl.checkpoint.mapping import Slice, assemble, hugging_face_shapes, is_exported, local_tensor
+from megatron_flowrl.checkpoint.mapping import LocalTensor, assemble, hugging_face_shapes, is_exported, local_tensor
+from megatron_flowrl.checkpoint.slices import Slice
 from megatron_flowrl.model.build import ParallelModel, weights_in_place
 
 BUCKET_BYTES = 2**29
@@ -88,6 +89,11 @@ class _Flight:
         )
 
 
+def plain_values(parameter: Tensor) -> Tensor:
+    """A parameter's values in an ordinary format: itself, detached, where it is not FP8."""
+    return dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter.detach()
+
+
 class WeightStream:
     """An iterable of (Hugging Face name, tensor) over a parallel model.
 
@@ -113,6 +119,7 @@ class WeightStream:
         self._wire = min(self.dtype, self._stored, key=lambda d: d.itemsize)
         largest = max(info.nbytes for info in self.metadata())
         self._in_flight_bytes = max(bucket_bytes - largest, bucket_bytes // 2)  # beside the tensor in use
+        self._order = {name: place for place, name in enumerate(hugging_face_shapes(self._architecture))}
         self._device = next(model.modules[0].parameters()).device
         self._parts = self._survey()
 
@@ -124,6 +131,27 @@ class WeightStream:
         """The parts of Hugging Face tensors that this rank holds."""
         shard = shard_of(self._model.modules[0])
         return [piece for name in self._own for piece in local_tensor(name, self._architecture, shard).slices]
+
+    @torch.no_grad()
+    def own_pieces(self) -> Iterator[tuple[Slice, Tensor]]:
+        """Pieces of Hugging Face tensors out of this rank's memory, views where it holds no FP8; in metadata's order.
+
+        The ranks of a replica together have every element once: what is whole on each tensor-parallel rank is the
+        first one's. Nothing is gathered, but all ranks of all replicas have to iterate, to the end.
+        """
+        shard = shard_of(self._model.modules[0])
+        with weights_in_place(self._model.chunks):
+            for name in sorted(self._own, key=lambda name: self._order[self._tensors_of(name)[0]]):
+                local = local_tensor(name, self._architecture, shard)
+                if shard.tp_rank > 0 and self._is_whole(local):
+                    continue
+                values, position, found = plain_values(self._own[name]), 0, []
+                for piece in local.slices:
+                    length = piece.stop - piece.start
+                    found.append((piece, values.narrow(local.dim, position, length)))
+                    position += length
+                # Query, key and value lie in turns, group by group.
+                yield from sorted(found, key=lambda one: (self._order[one[0].name], one[0].start))
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return self.tensors()
@@ -148,8 +176,12 @@ class WeightStream:
         everywhere: list[Mapping[str, tuple[int, ...]]] = [{}] * group.size()
         dist.all_gather_object(everywhere, own, group=group)
         parts = [_Part(name, stage, shape) for stage, theirs in enumerate(everywhere) for name, shape in theirs.items()]
-        order = {name: place for place, name in enumerate(hugging_face_shapes(self._architecture))}
-        return sorted(parts, key=lambda part: order[self._tensors_of(part.name)[0]])
+        return sorted(parts, key=lambda part: self._order[self._tensors_of(part.name)[0]])
+
+    def _is_whole(self, local: LocalTensor) -> bool:
+        """Whether this is not a part of a tensor but all of it."""
+        piece, shapes = local.slices[0], hugging_face_shapes(self._architecture)
+        return len(local.slices) == 1 and piece.stop - piece.start == shapes[piece.name][piece.dim]
 
     def _tensors_of(self, name: str) -> list[str]:
         """Hugging Face names made of a Megatron parameter."""
@@ -188,9 +220,7 @@ class WeightStream:
         flat = torch.empty(sum(part.numel for part in bucket), dtype=self._wire, device=self._device)
         if bucket[0].stage == parallel_state.get_pipeline_model_parallel_rank():
             for part, place in zip(bucket, flat.split([part.numel for part in bucket]), strict=True):
-                parameter = self._own[part.name]
-                values = dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter.detach()
-                place.view(part.shape).copy_(values)
+                place.view(part.shape).copy_(plain_values(self._own[part.name]))
         return _Flight(bucket, flat, self._nbytes(bucket))
 
     def _unpack(self, flight: _Flight, names: Collection[str] | None) -> Iterator[tuple[str, Tensor]]:

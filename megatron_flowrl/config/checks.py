@@ -1,6 +1,7 @@
 """Rules that join several settings. Each is Megatron-Core's own, or refuses what could not be honoured."""
 
 import math
+import re
 from collections.abc import Iterator
 
 from .errors import UserError
@@ -175,6 +176,30 @@ def _rollout(config: Config) -> Iterator[str]:
             f"rollout.first_port = {rollout.first_port} leaves no port for the last of rollout.servers = "
             f"{rollout.servers}: ports end at 65535; lower one of them"
         )
+    if rollout.transfer == "ipc" and not rollout.colocated:
+        yield (
+            "rollout.transfer = ipc needs rollout.colocated=true, which is false: it is for GPUs that servers share "
+            "with the trainer; set that, or rollout.transfer=nccl"
+        )
+    if rollout.transfer == "nccl" and rollout.colocated:
+        yield (
+            "rollout.transfer = nccl does not go with rollout.colocated = true: NCCL does not connect two processes "
+            "on one GPU; set rollout.transfer=ipc or rollout.colocated=false"
+        )
+    if rollout.transfer != "disk":
+        yield from _idle(config, _read_only_with("rollout.transfer", "disk", config), "rollout.transfer_folder")
+    if config.generation.urls:
+        names = ("servers", "tensor_parallel_size", "host", "first_port", "first_gpu", "cpu_kv_cache_gib")
+        yield from _idle(
+            config,
+            "has no effect while generation.urls names servers that run already; leave one of the two out",
+            *(f"rollout.{name}" for name in (*names, "extra_arguments")),
+        )
+    for url in config.generation.urls:
+        if not re.fullmatch(r"http://[^/\s:]+:\d+/?", url):
+            yield f"generation.urls: {url!r} is not an address such as http://127.0.0.1:8000"
+    if len(set(config.generation.urls)) < len(config.generation.urls):
+        yield f"generation.urls names a server twice: {', '.join(config.generation.urls)}; keep one"
 
 
 def _recompute(config: Config) -> Iterator[str]:

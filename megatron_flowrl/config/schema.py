@@ -214,7 +214,7 @@ class ReferenceConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RolloutConfig:
-    """vLLM servers, which sample the answers."""
+    """vLLM servers, which sample the answers, and how weights get to them."""
 
     servers: PositiveInt = 1
     """Servers (replicas) on this machine."""
@@ -229,20 +229,72 @@ class RolloutConfig:
     first_port: Annotated[int, Field(ge=1024, le=65535)] | None = None
     """Port of the first server; the others follow. null: ports that are free."""
 
+    first_gpu: NonNegativeInt = 0
+    """The first server's first GPU among those visible; each server takes tensor_parallel_size. Not on a CPU."""
+
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Format of the sampler's weights and activations. On a CPU, float32: bfloat16 may end a worker there."""
 
     max_model_len: PositiveInt | None = None
     """Longest prompt and answer together, in tokens. null: the model's own limit."""
 
+    max_num_seqs: PositiveInt = 256
+    """Answers that a server works on at once; no more than a few are sent ahead of it."""
+
     cpu_kv_cache_gib: PositiveInt = 4
     """Memory of a server's key-value cache on a CPU, in GiB. On a GPU it is vLLM's --gpu-memory-utilization."""
+
+    transfer: Literal["shm", "gloo", "disk", "nccl", "ipc"] | None = None
+    """How weights get to the servers. On a CPU: `shm` through memory (one machine), `gloo` over TCP. On GPUs: `nccl` to
+    GPUs of the servers' own, `ipc` to GPUs shared with the trainer. `disk`, everywhere: an exported folder. null: shm
+    on a CPU; on GPUs ipc when colocated, else nccl."""
+
+    transfer_folder: Annotated[str, Field(min_length=1)] | None = None
+    """disk only: folder for the exported weights, on a file system that the servers share. null: the system's folder
+    for temporary files."""
+
+    transfer_timeout_seconds: PositiveFloat = 300.0
+    """How long a server may take for any step of a weight update."""
+
+    colocated: bool = False
+    """The servers share their GPUs with the trainer, and sleep while it trains. On a CPU nothing has to sleep."""
 
     start_timeout_seconds: PositiveFloat = 600.0
     """How long a server may take to become ready."""
 
+    max_restarts: NonNegativeInt = 3
+    """How often in a row, without an answer in between, a server that fails is started again."""
+
     extra_arguments: Annotated[tuple[str, ...], Strict(False)] = ()
     """Further arguments of vLLM's server, as they stand on its command line."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class GenerationConfig:
+    """Answers for training: sampled at log_prob.temperature, from the whole vocabulary."""
+
+    n: PositiveInt = 8
+    """Answers to each prompt."""
+
+    max_tokens: PositiveInt = 1024
+    """Longest answer, in tokens."""
+
+    seeded: bool = False
+    """Give every answer a seed of its own, from `seed`, its prompt and its number: repeatable as far as the sampler's
+    arithmetic is, and slower."""
+
+    urls: Annotated[tuple[str, ...], Strict(False)] = ()
+    """Addresses of servers that run already (megatron-flowrl serve). None: servers are started here."""
+
+    in_flight_at_sync: Literal["finish", "abort"] = "finish"
+    """Answers that are being sampled when new weights come: `finish` waits for them, `abort` stops them, keeps what
+    they have, and goes on from there with the new weights."""
+
+    request_timeout_seconds: PositiveFloat = 1800.0
+    """How long one answer may take."""
+
+    max_retries: NonNegativeInt = 3
+    """How often an answer is asked for again when its server fails."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -299,5 +351,6 @@ class Config:
     log_prob: LogProbConfig = LogProbConfig()
     reference: ReferenceConfig = ReferenceConfig()
     rollout: RolloutConfig = RolloutConfig()
+    generation: GenerationConfig = GenerationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()

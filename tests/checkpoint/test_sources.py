@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_flowrl.checkpoint.mapping import Slice, hugging_face_shapes
+from megatron_flowrl.checkpoint.mapping import hugging_face_shapes
+from megatron_flowrl.checkpoint.slices import Slice
 from megatron_flowrl.checkpoint.sources import RandomSource, SafetensorsSource, WeightSource, open_source
 from megatron_flowrl.config import Config, ModelConfig, UserError
 from megatron_flowrl.model.architecture import architecture_of

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file
 
 from megatron_flowrl.checkpoint.load import load_weights
-from megatron_flowrl.checkpoint.mapping import Slice
+from megatron_flowrl.checkpoint.slices import Slice
 from megatron_flowrl.checkpoint.sources import open_source
 from megatron_flowrl.checkpoint.stream import WeightStream
 from megatron_flowrl.config import load_config

@@ -1,0 +1,294 @@
+"""Servers with the trainer's weights: what the training loop samples from.
+
+Every rank of the trainer has a `Sampler` and calls the same methods in the same order. Only rank 0 talks to servers;
+the others give their shards of the weights, also in the midst of a generation, when a server had to be started again.
+Rank 0 says what comes next over a gloo group of its own, at least every few seconds, so that no time limit on
+collectives bounds how long a generation may take.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_flowrl.checkpoint.stream import WeightStream
+from megatron_flowrl.config import Config, SharedUserError, UserError
+from megatron_flowrl.model.build import ParallelModel
+from megatron_flowrl.observe.log import logger
+from megatron_flowrl.platform.distributed import World, together
+from megatron_flowrl.rollout.control import ServerControl
+from megatron_flowrl.rollout.fleet import Fleet, Generation
+from megatron_flowrl.rollout.generation import Answer, Job, Sampling
+from megatron_flowrl.rollout.http import HttpLoop
+from megatron_flowrl.rollout.replica import Replica
+from megatron_flowrl.rollout.serve import make_servers, transfer_backend
+from megatron_flowrl.rollout.server import visible_gpus
+from megatron_flowrl.rollout.transfer.base import TransferTimes, Troubles
+from megatron_flowrl.rollout.transfer.select import make_transfer
+
+_SAY_SECONDS = 20.0  # rank 0 says something at least so often
+_SILENCE_SECONDS = 1800.0  # what the others stand of it, beside the time limits of the settings
+_AHEAD = 8  # requests beyond what a server works on at once, so that it never waits for one
+
+
+class _Next(Enum):
+    """What rank 0 says comes next."""
+
+    WAIT = "wait"  # nothing yet
+    SEND = "send"  # a transfer
+    DONE = "done"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """A finished update: seconds by part, bytes of the weights, and, on rank 0, how many servers have them."""
+
+    version: str
+    seconds: TransferTimes
+    nbytes: int
+    servers: int
+
+
+@dataclass
+class Pending:
+    """Answers that are being sampled; on the other ranks, nothing."""
+
+    generation: Generation | None
+    answers: dict[tuple[int, int], Answer] = field(default_factory=dict)
+
+
+class Sampler:
+    """All ranks construct it together; close it, or use it as a context manager.
+
+    `companions` is the folder with config.json of the model that the servers start from.
+    """
+
+    def __init__(self, config: Config, world: World, model: ParallelModel, companions: Path, logs: Path) -> None:
+        self._config, rollout = config, config.rollout
+        silence = _SILENCE_SECONDS + rollout.start_timeout_seconds + 4 * rollout.transfer_timeout_seconds
+        self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=silence))
+        self._http: HttpLoop | None = None
+        self._fleet: Fleet | None = None
+        self._last_said = time.monotonic()
+        self._asleep = False
+        backend = ""
+        with together():
+            backend = transfer_backend(config)
+            if world.rank == 0:
+                self._http = HttpLoop()
+                self._fleet = _make_fleet(config, self._http, companions, logs)
+        stream = WeightStream(model, dtype=getattr(torch, rollout.dtype))
+        self._transfer = make_transfer(backend, config, stream, companions)
+        self._sleeps = rollout.colocated and visible_gpus() > 0
+
+    def start(self) -> None:
+        """Have all servers ready. Raises SharedUserError, on every rank, where one does not start."""
+        fleet = self._fleet
+        if fleet is None:
+            self._follow()
+            return
+        with self._leading():
+            logger.info("starting %d vLLM server%s", len(fleet.replicas), "s" * (len(fleet.replicas) > 1))
+            fleet.start()
+
+    def is_stale(self) -> bool:
+        """On rank 0: whether nothing was sent yet, or some server has other weights than those sent last."""
+        servers = self._fleet.running() if self._fleet is not None else []
+        return self._transfer.version is None or any(map(self._transfer.is_stale, servers))
+
+    def sync(self, version: str) -> SyncReport:
+        """Give the weights, as they are now, to every server; answers are made by `version` from now on.
+
+        What is being sampled meanwhile is finished first, or aborted and continued (generation.in_flight_at_sync).
+        Servers that fail are started again and get the weights later; one at least has them when this returns. Raises
+        SharedUserError where none is left.
+        """
+        self._transfer.times = TransferTimes()
+        fleet, count = self._fleet, 0
+        if fleet is None:
+            self._follow()
+        else:
+            with self._leading():
+                self._send_to(fleet, fleet.running(), version)
+                while (count := sum(server.weight_version == version for server in fleet.running())) == 0:
+                    self._wait_for_a_server(fleet)
+                    self._send_to(fleet, fleet.stale(), version)
+        self._asleep = False
+        return SyncReport(version, self._transfer.times, self._transfer.nbytes, count)
+
+    def begin(self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int) -> Pending:
+        """Begin to sample n answers to each prompt (token ids), and return at once; `finish` brings them.
+
+        In between the weights may be changed by `sync`.
+        """
+        if self._asleep:
+            raise RuntimeError("the servers sleep: sync wakes them")
+        if self._fleet is None:
+            return Pending(None)
+        jobs = [
+            Job(index, sample, tuple(prompt), sampling) for index, prompt in enumerate(prompts) for sample in range(n)
+        ]
+        return Pending(self._fleet.generate(jobs))
+
+    def finish(self, pending: Pending, on_answer: Callable[[Answer], object] = lambda _: None) -> list[Answer]:
+        """On rank 0 the answers, prompt by prompt; the other ranks get an empty list.
+
+        `on_answer` is called on rank 0 for each as it finishes. Every prompt is answered, by the weights that were sent
+        last, whatever happens to servers; where none is left, SharedUserError is raised on every rank.
+        """
+        fleet, generation = self._fleet, pending.generation
+        if fleet is None or generation is None:
+            self._follow()
+            return []
+        with self._leading(), generation:
+            while not generation.ended:
+                answer = generation.next(timeout=_SAY_SECONDS)
+                if answer is not None:
+                    pending.answers[answer.prompt_index, answer.sample_index] = answer
+                    on_answer(answer)
+                if answer is None or time.monotonic() - self._last_said > _SAY_SECONDS:
+                    self._send_to(fleet, fleet.stale(), fleet.version)
+        return [pending.answers[key] for key in sorted(pending.answers)]
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        n: int,
+        on_answer: Callable[[Answer], object] = lambda _: None,
+    ) -> list[Answer]:
+        """`begin` and `finish` in one."""
+        return self.finish(self.begin(prompts, sampling, n), on_answer)
+
+    def sleep(self) -> None:
+        """Leave the GPUs to the trainer until the next sync. Nothing to do where they are not shared, and on a CPU."""
+        if not self._sleeps:
+            return
+        fleet = self._fleet
+        if fleet is None:
+            self._follow()
+        else:
+            with self._leading():
+                servers = fleet.running()
+                troubles = fleet.pause(servers, abort=self._aborts)
+                troubles |= fleet.on_each(_without(servers, troubles), ServerControl.sleep)
+                _give_up(fleet, servers, troubles)
+        self._asleep = True
+
+    def close(self) -> None:
+        """End the servers of ours, and give everything back; safe to call twice."""
+        if self._fleet is not None:
+            self._fleet.close()
+        if self._http is not None:
+            self._http.close()
+        self._transfer.close()
+
+    def __enter__(self) -> Sampler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def _aborts(self) -> bool:
+        return self._config.generation.in_flight_at_sync == "abort"
+
+    def _send_to(self, fleet: Fleet, servers: Sequence[ServerControl], version: str | None) -> None:
+        """Rank 0: a transfer with all ranks, where there is a server for it; else a sign of life."""
+        if not servers or version is None:
+            self._say(_Next.WAIT, None)
+            return
+        self._say(_Next.SEND, version)
+        asleep, self._asleep = self._asleep, False
+        if asleep:
+            troubles = fleet.on_each(servers, lambda server: server.wake_up("weights"))
+        else:
+            troubles = fleet.pause(servers, abort=self._aborts)
+        troubles |= self._transfer.init([s for s in _without(servers, troubles) if not s.has_met])
+        troubles |= self._transfer.send(_without(servers, troubles), version)
+        if asleep:
+            troubles |= fleet.on_each(_without(servers, troubles), lambda server: server.wake_up("kv_cache"))
+        for server in _without(servers, troubles):
+            server.has_met = True
+        fleet.resume(_without(servers, troubles), version)
+        _give_up(fleet, servers, troubles)
+
+    def _wait_for_a_server(self, fleet: Fleet) -> None:
+        while not fleet.wait_for_stale(_SAY_SECONDS):
+            self._say(_Next.WAIT, None)
+
+    def _follow(self) -> None:
+        """The other ranks: take part in what rank 0 says, until it is done."""
+        while True:
+            what, content = self._hear()
+            if what is _Next.SEND:
+                self._transfer.init([])
+                self._transfer.send([], str(content))
+            elif what is _Next.FAIL:
+                raise SharedUserError(*content)
+            elif what is _Next.DONE:
+                return
+
+    @contextmanager
+    def _leading(self) -> Iterator[None]:
+        """Rank 0: tell the others how it ended."""
+        try:
+            yield
+        except BaseException as error:
+            problems = error.problems if isinstance(error, UserError) else (f"rank 0 has stopped: {error!r}",)
+            self._say(_Next.FAIL, problems)
+            if isinstance(error, UserError):
+                raise SharedUserError(*problems) from error
+            raise
+        self._say(_Next.DONE, None)
+
+    def _say(self, what: _Next, content: Any) -> None:
+        dist.broadcast_object_list([what, content], src=0, group=self._group)
+        self._last_said = time.monotonic()
+
+    def _hear(self) -> tuple[_Next, Any]:
+        heard: list[Any] = [None, None]
+        dist.broadcast_object_list(heard, src=0, group=self._group)
+        return heard[0], heard[1]
+
+
+def _make_fleet(config: Config, http: HttpLoop, companions: Path, logs: Path) -> Fleet:
+    rollout, generation = config.rollout, config.generation
+    targets = generation.urls or make_servers(config, companions, logs)
+    replicas = [
+        Replica(
+            http,
+            target,
+            window=rollout.max_num_seqs + _AHEAD,
+            control_timeout=rollout.transfer_timeout_seconds,
+            start_timeout=rollout.start_timeout_seconds,
+        )
+        for target in targets
+    ]
+    return Fleet(
+        http,
+        replicas,
+        request_timeout=generation.request_timeout_seconds,
+        max_retries=generation.max_retries,
+        max_restarts=rollout.max_restarts,
+    )
+
+
+def _without(servers: Sequence[ServerControl], troubles: Troubles) -> list[ServerControl]:
+    return [server for server in servers if server.url not in troubles]
+
+
+def _give_up(fleet: Fleet, servers: Sequence[ServerControl], troubles: Troubles) -> None:
+    for server in servers:
+        if server.url in troubles:
+            fleet.give_up([server], str(troubles[server.url]))

@@ -1,0 +1,160 @@
+"""The receiving ends of `shm` and `gloo`, inside a vLLM worker.
+
+Both load through vLLM's layer-by-layer reload, as its own engines do: on a CPU the linears are packed, so that a
+weight cannot be written in place. That reload keeps a *reference* to what it is given until the layer is complete.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from megatron_flowrl.checkpoint.slices import Slice
+from megatron_flowrl.rollout.transfer.wire import Message, TensorEntry, join, messages, put_together
+
+
+class _CheckpointEngine(WeightTransferEngine[Any, Any]):
+    """Takes whole Hugging Face tensors, in any order, between a start and a finish."""
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Hand whole tensors to the model."""
+        model: Any = self.model
+        model.load_weights(iter(tensors))
+
+
+@dataclass
+class ShmInitInfo(WeightTransferInitInfo):
+    """Where the trainer's memory can be opened, and what lies in it."""
+
+    path: str
+    nbytes: int
+    tensors: list[list[Any]]
+
+
+@dataclass
+class ShmUpdateInfo(WeightTransferUpdateInfo):
+    """Tensors `start` to `stop` of the table are written."""
+
+    start: int
+    stop: int
+
+
+class ShmWeightTransferEngine(_CheckpointEngine):
+    """Loads from memory that the trainer's ranks write and this process maps."""
+
+    init_info_cls, update_info_cls = ShmInitInfo, ShmUpdateInfo
+    _memory: mmap.mmap | None = None
+    _tensors: tuple[tuple[str, Tensor], ...] = ()
+
+    def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
+        self.shutdown()
+        handle = os.open(init_info.path, os.O_RDONLY)
+        try:
+            # Shared: a private mapping would be a copy of what lies there now.
+            self._memory = mmap.mmap(
+                handle, init_info.nbytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ
+            )
+        finally:
+            os.close(handle)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            whole = torch.frombuffer(self._memory, dtype=torch.uint8)
+        entries = [TensorEntry.from_wire(row) for row in init_info.tensors]
+        self._tensors = tuple((entry.name, entry.view(whole)) for entry in entries)
+
+    def receive_weights(self, update_info: ShmUpdateInfo) -> None:
+        self.load(self._tensors[update_info.start : update_info.stop])
+
+    def shutdown(self) -> None:
+        self._tensors = ()
+        self._memory = None
+
+
+@dataclass
+class GlooInitInfo(WeightTransferInitInfo):
+    """Where to meet the senders, and what they will send; see wire.py."""
+
+    address: str
+    port: int
+    senders: int
+    workers: int
+    timeout: float
+    tensors: list[list[Any]]
+    bucket_sizes: list[int]
+    pieces: list[list[list[Any]]]
+
+
+@dataclass
+class GlooUpdateInfo(WeightTransferUpdateInfo):
+    """Everything was said at the meeting."""
+
+
+class GlooWeightTransferEngine(_CheckpointEngine):
+    """Receives the pieces of every sending rank, and puts them together."""
+
+    init_info_cls, update_info_cls = GlooInitInfo, GlooUpdateInfo
+    _group: Any = None
+
+    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
+        self.shutdown()
+        rank = init_info.senders + self.parallel_config.data_parallel_index * self.parallel_config.world_size
+        rank += self.parallel_config.rank
+        self._group = join(init_info.address, init_info.port, rank, init_info.senders + init_info.workers)
+        self._timeout = timedelta(seconds=init_info.timeout)
+        tensors = iter([TensorEntry.from_wire(row) for row in init_info.tensors])
+        self._buckets = [list(islice(tensors, size)) for size in init_info.bucket_sizes]
+        self._messages = [messages(self._buckets, [Slice(*row) for row in rows]) for rows in init_info.pieces]
+
+    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+        if self._group is None:
+            raise RuntimeError("update_weights before init_weight_transfer_engine, or after a transfer that failed")
+        try:
+            arriving = self._expect(0)
+            for number, bucket in enumerate(self._buckets):
+                for _, _, work in arriving:
+                    work.wait(self._timeout)
+                received = [(message, content) for message, content, _ in arriving]
+                arriving = self._expect(number + 1)  # comes while this bucket is loaded
+                self.load(put_together(bucket, received))
+        except BaseException:
+            self.shutdown()  # breaks the connections: the senders do not wait for somebody who takes nothing more
+            raise
+
+    def _expect(self, number: int) -> list[tuple[Message, Tensor, Any]]:
+        """Begin to receive a bucket. New memory for each: the reload keeps parts of it until a layer is complete."""
+        if number >= len(self._buckets):
+            return []
+        arriving = []
+        for sender, of_sender in enumerate(self._messages):
+            message = of_sender[number]
+            if message.nbytes:
+                content = torch.empty(message.nbytes, dtype=torch.uint8)
+                arriving.append((message, content, self._group.recv([content], sender, number)))
+        return arriving
+
+    def shutdown(self) -> None:
+        self._group = None
