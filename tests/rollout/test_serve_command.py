@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("process_as_it_was")
 # The command, with each server's program replaced: server number N runs in FOLDER/N, in the mode that follows.
 _WITH_FAKES = """
 import sys
+import urllib.request
 from pathlib import Path
 from megatron_flowrl.cli import main
 from megatron_flowrl.rollout.server import VllmServer
@@ -77,8 +79,32 @@ def test_one_that_does_not_start_ends_all(tmp_path: Path, model: Path) -> None:
     assert not any(map(is_alive, processes(tmp_path)))
 
 
-def test_one_that_ends_by_itself_ends_all(tmp_path: Path, model: Path) -> None:
+def test_one_that_ends_by_itself_is_started_again_where_it_was(tmp_path: Path, model: Path) -> None:
     command = start(tmp_path, model, "normal,normal")
+    assert command.stdout is not None
+    urls = json.loads(command.stdout.readline())["urls"]
+    victim, child = json.loads((tmp_path / "1" / "processes").read_text())
+    shared = Path((tmp_path / "1" / "shared").read_text())
+    os.kill(victim, signal.SIGKILL)
+    wait_for(lambda: json.loads((tmp_path / "1" / "processes").read_text() or "[0]")[0] != victim)
+    wait_for(lambda: not is_alive(child))
+
+    def is_ready(url: str) -> bool:
+        try:
+            return urllib.request.urlopen(f"{url}/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+    wait_for(lambda: is_ready(urls[1]))
+    command.send_signal(signal.SIGTERM)
+    _, errors = command.communicate(timeout=30)
+    assert command.returncode == 0 and "ended by itself and is started again" in errors
+    shared.unlink(missing_ok=True)  # killed so soon after its start that its guard may not have seen the file
+    assert not any(map(is_alive, processes(tmp_path)))
+
+
+def test_one_that_ends_too_often_ends_all(tmp_path: Path, model: Path) -> None:
+    command = start(tmp_path, model, "normal,normal", "rollout.max_restarts=0")
     assert command.stdout is not None
     command.stdout.readline()
     (victim, _) = json.loads((tmp_path / "1" / "processes").read_text())

@@ -7,7 +7,8 @@ while the next bucket is under way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from megatron_flowrl.rollout.control import ServerControl, on_each
 from megatron_flowrl.rollout.errors import ReplyError, Unreachable
 from megatron_flowrl.rollout.transfer.base import Troubles, WeightTransfer, is_sender, merged, shared
 from megatron_flowrl.rollout.transfer.wire import (
+    IN_FLIGHT,
     Message,
     TensorEntry,
     address_towards,
@@ -34,7 +36,7 @@ from megatron_flowrl.rollout.transfer.wire import (
     messages,
 )
 
-BUCKET_BYTES = 2**26
+BUCKET_BYTES = 2**25
 
 
 @dataclass(frozen=True)
@@ -54,17 +56,21 @@ class _Link:
     group: Any
     workers: range
     timeout: timedelta
-    sent: list[Any] = field(default_factory=list)
+    under_way: deque[list[Any]] = field(default_factory=deque)
 
     def send(self, message: Tensor, tag: int) -> None:
-        self.settle()
-        self.sent = [self.group.send([message], worker, tag) for worker in self.workers]
+        """Begin to send, when few enough messages are under way."""
+        self.settle(IN_FLIGHT - 1)
+        self.under_way.append([self.group.send([message], worker, tag) for worker in self.workers])
 
-    def settle(self) -> None:
-        """Until what was sent last has left. Raises RuntimeError where a worker is gone, or takes nothing in time."""
-        for work in self.sent:
-            work.wait(self.timeout)
-        self.sent = []
+    def settle(self, rest: int = 0) -> None:
+        """Until all but `rest` messages have left.
+
+        Raises RuntimeError where a worker is gone, or takes nothing in time.
+        """
+        while len(self.under_way) > rest:
+            for work in self.under_way.popleft():
+                work.wait(self.timeout)
 
 
 class GlooTransfer(WeightTransfer):
@@ -73,8 +79,8 @@ class GlooTransfer(WeightTransfer):
     def __init__(self, stream: WeightStream, *, timeout: float, bucket_bytes: int = BUCKET_BYTES) -> None:
         super().__init__(stream)
         self._timeout = timedelta(seconds=timeout)
-        self._tensors = [TensorEntry(info.name, info.dtype, info.shape) for info in stream.metadata()]
-        self._buckets = cut_into_buckets(self._tensors, bucket_bytes)
+        tensors = [TensorEntry(info.name, info.dtype, info.shape) for info in stream.metadata()]
+        self._buckets = cut_into_buckets(tensors, bucket_bytes)
         pieces = [piece for piece, _ in stream.own_pieces()]
         everywhere: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, pieces if is_sender() else None)
@@ -84,6 +90,8 @@ class GlooTransfer(WeightTransfer):
         self._messages = messages(self._buckets, pieces if is_sender() else [])
         self._links: dict[str, _Link] = {}
         self._stores: list[Any] = []
+        self._buffers: deque[Tensor] = deque()
+        self._buffer_bytes = max((m.nbytes for m in self._messages if len(m.pieces) > 1), default=0)
 
     def init(self, servers: Sequence[ServerControl]) -> Troubles:
         """See WeightTransfer."""
@@ -129,6 +137,7 @@ class GlooTransfer(WeightTransfer):
         """See WeightTransfer."""
         self._links.clear()
         self._stores.clear()
+        self._buffers.clear()
 
     def _invite(self, servers: Sequence[ServerControl]) -> tuple[Troubles, list[_Invitation], dict[str, Future[None]]]:
         """On rank 0: a meeting place for each server, and the word to its workers to come."""
@@ -151,7 +160,7 @@ class GlooTransfer(WeightTransfer):
                 "senders": len(self._pieces),
                 "workers": workers,
                 "timeout": self._timeout.total_seconds(),
-                "tensors": [tensor.to_wire() for tensor in self._tensors],
+                "tensors": [tensor.to_wire() for bucket in self._buckets for tensor in bucket],
                 "bucket_sizes": [len(bucket) for bucket in self._buckets],
                 "pieces": [[[p.name, p.dim, p.start, p.stop] for p in pieces] for pieces in self._pieces],
             }
@@ -164,22 +173,39 @@ class GlooTransfer(WeightTransfer):
         return _Link(group, range(senders, senders + invitation.workers), self._timeout)
 
     def _send_pieces(self, urls: Sequence[str]) -> Troubles:
-        """This rank's messages, bucket by bucket, to every server; the one before is on its way meanwhile."""
+        """This rank's messages, bucket by bucket, to every server; some are on their way meanwhile."""
         troubles: Troubles = {}
-        filled = self._filled()
+        pieces = dict(self.stream.own_pieces())  # views, so that all can be held at once
         for tag, message in enumerate(self._messages):
-            if message.nbytes == 0:
-                continue
-            content = next(filled)
-            for url in urls:
-                if url in self._links:
-                    self._attempt(url, troubles, lambda link, c=content, t=tag: link.send(c, t))
-        for _ in filled:  # to its end, where others take part
-            raise RuntimeError("the stream yields more pieces than it announced")
+            if message.nbytes and any(url in self._links for url in urls):
+                content = self._filled(message, pieces)
+                for url in urls:
+                    if url in self._links:
+                        self._attempt(url, troubles, lambda link, c=content, t=tag: link.send(c, t))
         for url in urls:
             if url in self._links:
                 self._attempt(url, troubles, _Link.settle)
         return troubles
+
+    def _filled(self, message: Message, pieces: Mapping[Slice, Tensor]) -> Tensor:
+        """The message's bytes: the weight itself where that is all of it, else one of the buffers that take turns."""
+        first = pieces[message.pieces[0]]
+        if len(message.pieces) == 1 and first.dtype == message.places[0].dtype and first.is_contiguous():
+            return first.view(-1).view(torch.uint8)
+        content = self._buffer(message.nbytes)
+        for piece, place in zip(message.pieces, message.places, strict=True):
+            place.view(content).copy_(pieces[piece])
+        return content
+
+    def _buffer(self, nbytes: int) -> Tensor:
+        """One of a ring of buffers, one more than can be under way, so that what it held has left."""
+        if nbytes > self._buffer_bytes:
+            return torch.empty(nbytes, dtype=torch.uint8)
+        if len(self._buffers) <= IN_FLIGHT:
+            self._buffers.append(torch.empty(self._buffer_bytes, dtype=torch.uint8))
+        else:
+            self._buffers.rotate(-1)
+        return self._buffers[-1].narrow(0, 0, nbytes)
 
     def _attempt(self, url: str, troubles: Troubles, action: Any) -> None:
         try:
@@ -188,28 +214,8 @@ class GlooTransfer(WeightTransfer):
             troubles[url] = Unreachable(f"{url} took no more weights over gloo: {error}")
             self._drop(url)
 
-    def _filled(self) -> Iterator[Tensor]:
-        """The contents of this rank's messages that are not empty."""
-        pieces = self.stream.own_pieces()
-        for message in self._messages:
-            if message.nbytes:
-                yield _fill(message, pieces)
-        for piece, _ in pieces:
-            if is_sender():
-                raise RuntimeError(f"{piece} was not announced")
-
     def _drop(self, url: str) -> None:
         self._links.pop(url, None)
-
-
-def _fill(message: Message, pieces: Iterator[tuple[Any, Tensor]]) -> Tensor:
-    content = torch.empty(message.nbytes, dtype=torch.uint8)
-    for expected, place in zip(message.pieces, message.places, strict=True):
-        piece, values = next(pieces)
-        if (piece.name, piece.start) != (expected.name, expected.start):
-            raise RuntimeError(f"the stream yields {piece} where {expected} was announced")
-        place.view(content).copy_(values)
-    return content
 
 
 def _failures(loading: dict[str, Future[None]]) -> Troubles:

@@ -2,7 +2,7 @@
 
 `shm`: the whole tensors lie in one buffer, as `lay_out` places them.
 
-`gloo`: the tensors are cut, in order, into buckets. For each bucket a sender that has pieces of it sends one message,
+`gloo`: the tensors are cut into buckets. For each bucket a sender that has pieces of it sends one message,
 its pieces as `lay_out` places them, and the receiver puts the pieces of all senders together.
 """
 
@@ -23,6 +23,7 @@ from megatron_flowrl.checkpoint.slices import Slice
 
 ALIGNMENT = 64  # bytes; a cache line
 MEETING_SECONDS = 60.0
+IN_FLIGHT = 4  # messages under way at once
 
 
 class Described(Protocol):
@@ -86,9 +87,12 @@ def total_bytes(entries: Sequence[TensorEntry]) -> int:
 
 
 def cut_into_buckets(tensors: Sequence[TensorEntry], bucket_bytes: int) -> list[list[TensorEntry]]:
-    """Runs of tensors of at most `bucket_bytes` together; a larger tensor has a bucket of its own."""
+    """Runs of tensors of at most `bucket_bytes` together; a larger tensor has a bucket of its own.
+
+    The large ones come last: they arrive while others are loaded, instead of keeping the receiver waiting.
+    """
     buckets: list[list[TensorEntry]] = []
-    for tensor in tensors:
+    for tensor in sorted(tensors, key=lambda tensor: tensor.nbytes > bucket_bytes):  # stable
         if buckets and sum(other.nbytes for other in buckets[-1]) + tensor.nbytes <= bucket_bytes:
             buckets[-1].append(tensor)
         else:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import mmap
 import os
 import warnings
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
@@ -25,7 +27,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from megatron_flowrl.checkpoint.slices import Slice
-from megatron_flowrl.rollout.transfer.wire import Message, TensorEntry, join, messages, put_together
+from megatron_flowrl.rollout.transfer.wire import IN_FLIGHT, Message, TensorEntry, join, messages, put_together
 
 
 class _CheckpointEngine(WeightTransferEngine[Any, Any]):
@@ -113,6 +115,15 @@ class GlooUpdateInfo(WeightTransferUpdateInfo):
     """Everything was said at the meeting."""
 
 
+@dataclass(frozen=True)
+class _Arrival:
+    """A sender's part of a bucket on its way."""
+
+    message: Message
+    content: Tensor
+    work: Any
+
+
 class GlooWeightTransferEngine(_CheckpointEngine):
     """Receives the pieces of every sending rank, and puts them together."""
 
@@ -123,7 +134,8 @@ class GlooWeightTransferEngine(_CheckpointEngine):
         self.shutdown()
         rank = init_info.senders + self.parallel_config.data_parallel_index * self.parallel_config.world_size
         rank += self.parallel_config.rank
-        self._group = join(init_info.address, init_info.port, rank, init_info.senders + init_info.workers)
+        with _on_all_cores():
+            self._group = join(init_info.address, init_info.port, rank, init_info.senders + init_info.workers)
         self._timeout = timedelta(seconds=init_info.timeout)
         tensors = iter([TensorEntry.from_wire(row) for row in init_info.tensors])
         self._buckets = [list(islice(tensors, size)) for size in init_info.bucket_sizes]
@@ -132,29 +144,39 @@ class GlooWeightTransferEngine(_CheckpointEngine):
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
         if self._group is None:
             raise RuntimeError("update_weights before init_weight_transfer_engine, or after a transfer that failed")
+        arriving: deque[list[_Arrival]] = deque()
         try:
-            arriving = self._expect(0)
             for number, bucket in enumerate(self._buckets):
-                for _, _, work in arriving:
-                    work.wait(self._timeout)
-                received = [(message, content) for message, content, _ in arriving]
-                arriving = self._expect(number + 1)  # comes while this bucket is loaded
-                self.load(put_together(bucket, received))
+                while len(arriving) < IN_FLIGHT and number + len(arriving) < len(self._buckets):
+                    arriving.append(self._expect(number + len(arriving)))  # comes while others are loaded
+                now = arriving.popleft()
+                for arrival in now:
+                    arrival.work.wait(self._timeout)
+                self.load(put_together(bucket, [(arrival.message, arrival.content) for arrival in now]))
         except BaseException:
             self.shutdown()  # breaks the connections: the senders do not wait for somebody who takes nothing more
             raise
 
-    def _expect(self, number: int) -> list[tuple[Message, Tensor, Any]]:
+    def _expect(self, number: int) -> list[_Arrival]:
         """Begin to receive a bucket. New memory for each: the reload keeps parts of it until a layer is complete."""
-        if number >= len(self._buckets):
-            return []
         arriving = []
         for sender, of_sender in enumerate(self._messages):
             message = of_sender[number]
             if message.nbytes:
                 content = torch.empty(message.nbytes, dtype=torch.uint8)
-                arriving.append((message, content, self._group.recv([content], sender, number)))
+                arriving.append(_Arrival(message, content, self._group.recv([content], sender, number)))
         return arriving
 
     def shutdown(self) -> None:
         self._group = None
+
+
+@contextmanager
+def _on_all_cores() -> Iterator[None]:
+    """Threads that begin inside may run anywhere: vLLM binds its own to a core, which receiving would share."""
+    bound = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, bound)
