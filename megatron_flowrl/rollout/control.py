@@ -67,12 +67,11 @@ class ServerControl:
         await self.post("/finish_weight_update", {"weight_version": version})
         self.weight_version = version
 
-    async def reload_weights(self, folder: str, version: str) -> None:
-        """Have the workers read a Hugging Face folder."""
-        call = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
-        await self.post("/collective_rpc", call)
-        await self.post("/update_weight_version", {"new_version": version})
-        self.weight_version = version
+    async def give_weights(self, info: Mapping[str, Any], version: str) -> None:
+        """A whole update, where nothing else has to happen between its parts."""
+        await self.start_weight_update()
+        await self.update_weights(info)
+        await self.finish_weight_update(version)
 
     async def sleep(self) -> None:
         """Give the GPU's memory back, weights and key-value cache; the next weights come from the trainer."""

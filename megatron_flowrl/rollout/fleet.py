@@ -18,19 +18,22 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from megatron_flowrl.config import UserError
 from megatron_flowrl.observe.log import logger
 from megatron_flowrl.rollout.control import ServerControl, on_each
-from megatron_flowrl.rollout.errors import BadReply, Refused, ReplyError, ServerError
+from megatron_flowrl.rollout.errors import BadReply, Refused, ReplyError, ServerError, Unreachable
 from megatron_flowrl.rollout.generation import ROUTE, Answer, Job
 from megatron_flowrl.rollout.http import HttpLoop
 from megatron_flowrl.rollout.replica import Replica, State
 
 _WATCH_SECONDS = 2.0
 _STRIKES = 3  # looks in a row that find a server not well, before a silent one is given up
+_WATCHED = (State.READY, State.STALE, State.PAUSED)
 _DRAIN_POLL_SECONDS = 0.01
+_OVERTAKEN_SECONDS = 0.5  # what runs so long after an abort was on its way to the server then, and waits there
 
 
 class Generation:
@@ -155,15 +158,15 @@ class Fleet:
         Aborted answers keep what they have, and go on when there is a server for them. Prefix caches are empty
         afterwards. Returns what went wrong, by address.
         """
-        return self.http.run(self._pause(self._replicas_of(servers), abort))
+        return self.http.run(self._pause(servers, abort))
 
     def resume(self, servers: Sequence[ServerControl], version: str | None) -> None:
         """Give these servers prompts again; the fleet's weights are `version` from now on."""
-        self.http.run(self._resume(self._replicas_of(servers), version))
+        self.http.run(self._resume(servers, version))
 
     def give_up(self, servers: Sequence[ServerControl], why: str) -> None:
         """End these servers, whose state is not known, and start them again behind the scenes."""
-        self.http.run(self._give_up(self._replicas_of(servers), why))
+        self.http.run(self._give_up(servers, why))
 
     def wait_for_stale(self, timeout: float) -> bool:
         """Until a server that was started again waits for weights; False where none does in time, or ever will.
@@ -229,24 +232,30 @@ class Fleet:
             if replica.room <= 0:
                 break
             task = self._work.waiting.popleft()
+            given = replica.control.weight_version
             asking = asyncio.get_running_loop().create_task(
-                self._ask(replica, replica.control, task), name=str(id(task.generation))
+                self._ask(replica, replica.control, task, given), name=str(id(task.generation))
             )
             replica.asking.add(asking)
-            asking.add_done_callback(replica.asking.discard)
-            asking.add_done_callback(lambda _: self._dispatch())
+            asking.add_done_callback(partial(self._asked, replica, task))
         if self._work.waiting and all(replica.state is State.LOST for replica in self.replicas):
             self._fail(self._all_lost())
 
-    async def _ask(self, replica: Replica, control: ServerControl, task: _Task) -> None:
+    def _asked(self, replica: Replica, task: _Task, asking: asyncio.Task[None]) -> None:
+        replica.asking.discard(asking)
+        if asking.cancelled():  # perhaps before it began; its server was given up, or its generation, not the job
+            self._again(task, "its server was given up")
+        elif (error := asking.exception()) is not None:  # a defect of ours: it must not leave the job unanswered
+            logger.error("an answer failed unexpectedly", exc_info=error)
+            self._fail(ServerError(f"{_name(task.job)}: {error!r}"), task.generation)
+        self._dispatch()
+
+    async def _ask(self, replica: Replica, control: ServerControl, task: _Task, given: str | None) -> None:
+        """`given`: the weights that the server had been given then; it may turn stale meanwhile."""
         try:
             reply = await control.post(ROUTE, task.job.body(), timeout=self._request_timeout)
             answer = task.job.read(reply, control.url)
-            self._check_version(control, task.job, answer)
-        except asyncio.CancelledError:
-            if task.generation in self._work.generations:  # its server was given up, not the job
-                self._again(task, "its server was given up")
-            raise
+            _check_version(given, task.job, answer)
         except Refused as error:
             self._fail(_about(task.job, error), task.generation)
         except ReplyError as error:
@@ -291,14 +300,6 @@ class Fleet:
                 self._work.waiting = deque(task for task in self._work.waiting if task.generation is not one)
                 one.put(error)
 
-    def _check_version(self, control: ServerControl, job: Job, answer: Answer) -> None:
-        had = len(job.so_far.token_ids) if job.so_far is not None else 0
-        wrong = {span.version for span in answer.weight_versions if span.stop > had} - {control.weight_version}
-        if control.weight_version is not None and wrong:
-            raise BadReply(
-                f"{control.url} answered with weights {', '.join(sorted(wrong))} instead of {control.weight_version}"
-            )
-
     async def _examine(self, replica: Replica, why: str) -> None:
         """A request has failed: is it the server?"""
         try:
@@ -322,12 +323,12 @@ class Fleet:
         strikes: dict[Replica, int] = {}
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
-            watched = [r for r in self.replicas if r.state in (State.READY, State.STALE)]
+            watched = [r for r in self.replicas if r.state in _WATCHED]
             wells = await asyncio.gather(*(replica.is_well() for replica in watched))
             for replica, well in zip(watched, wells, strict=True):
                 strikes[replica] = 0 if well else strikes.get(replica, 0) + 1
                 ended = replica.process is not None and not replica.process.is_running()
-                if (ended or strikes[replica] >= _STRIKES) and replica.state in (State.READY, State.STALE):
+                if (ended or strikes[replica] >= _STRIKES) and replica.state in _WATCHED:
                     strikes[replica] = 0
                     why = "has ended" if ended else "does not say that it is well any more"
                     await self._take_down(replica, f"{replica.url} {why}")
@@ -343,7 +344,7 @@ class Fleet:
         while replica.restarts < self._max_restarts:
             try:
                 await replica.start_again()
-            except ServerError as error:
+            except (ServerError, OSError) as error:
                 logger.warning("%s", error)
                 continue
             logger.info("server %s is there again", replica.url)
@@ -367,20 +368,30 @@ class Fleet:
         for generation in self._work.generations:
             generation.put(None)
 
-    async def _pause(self, replicas: list[Replica], abort: bool) -> dict[str, ReplyError]:
+    async def _pause(self, servers: Sequence[ServerControl], abort: bool) -> dict[str, ReplyError]:
+        replicas = self._replicas_of(servers)
+        there = [replica.control for replica in replicas]
+        troubles: dict[str, ReplyError] = {
+            server.url: Unreachable(f"{server.url} has been given up meanwhile")
+            for server in servers
+            if server not in there
+        }
         for replica in replicas:
             replica.state = State.PAUSED
         if not abort:
             await _drained(replicas)
         mode = "abort" if abort else "wait"
-        troubles = await on_each([replica.control for replica in replicas], lambda control: control.pause(mode))
-        await _drained([replica for replica in replicas if replica.url not in troubles])
+        while replicas:
+            troubles |= await on_each([replica.control for replica in replicas], lambda control: control.pause(mode))
+            well = [replica for replica in replicas if replica.url not in troubles]
+            await _drained(well, _OVERTAKEN_SECONDS)
+            replicas = [replica for replica in well if replica.asking]
         return troubles
 
-    async def _resume(self, replicas: list[Replica], version: str | None) -> None:
+    async def _resume(self, servers: Sequence[ServerControl], version: str | None) -> None:
         self.version = version
-        troubles = await on_each([replica.control for replica in replicas], ServerControl.resume)
-        for replica in replicas:
+        troubles = await on_each([replica.control for replica in self._replicas_of(servers)], ServerControl.resume)
+        for replica in self._replicas_of(servers):
             if replica.url in troubles:
                 await self._take_down(replica, str(troubles[replica.url]))
             else:
@@ -390,10 +401,9 @@ class Fleet:
                 self._turn_stale(replica)
         self._dispatch()
 
-    async def _give_up(self, replicas: list[Replica], why: str) -> None:
-        for replica in replicas:
-            if replica.state not in (State.DOWN, State.LOST):
-                await self._take_down(replica, why)
+    async def _give_up(self, servers: Sequence[ServerControl], why: str) -> None:
+        for replica in self._replicas_of(servers):
+            await self._take_down(replica, why)
 
     async def _end_background(self) -> None:
         self._work.generations.clear()
@@ -409,17 +419,26 @@ class Fleet:
         task.add_done_callback(self._background.discard)
 
     def _replicas_of(self, servers: Sequence[ServerControl]) -> list[Replica]:
-        return [replica for replica in self.replicas if replica.control in servers]
+        """Without those that have been given up since: they are being started again."""
+        gone = (State.DOWN, State.LOST)
+        return [replica for replica in self.replicas if replica.control in servers and replica.state not in gone]
 
     def _all_lost(self) -> ServerError:
         urls = ", ".join(replica.url for replica in self.replicas)
         return ServerError(f"no server is left ({urls}); their logs say why. Prompts that wait are not answered")
 
 
-async def _drained(replicas: Sequence[Replica]) -> None:
-    """Until every request to them has ended, well or not; each has a time limit of its own."""
-    while asking := [task for replica in replicas for task in replica.asking]:
-        await asyncio.wait(asking)
+async def _drained(replicas: Sequence[Replica], seconds: float | None = None) -> None:
+    """Until every request to them has ended, well or not, or so long; each has a time limit of its own."""
+    if asking := [task for replica in replicas for task in replica.asking]:
+        await asyncio.wait(asking, timeout=seconds)
+
+
+def _check_version(given: str | None, job: Job, answer: Answer) -> None:
+    had = len(job.so_far.token_ids) if job.so_far is not None else 0
+    wrong = {span.version for span in answer.weight_versions if span.stop > had} - {given}
+    if given is not None and wrong:
+        raise BadReply(f"{answer.url} answered with weights {', '.join(sorted(wrong))} instead of {given}")
 
 
 def _name(job: Job) -> str:

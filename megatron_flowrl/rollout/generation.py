@@ -11,6 +11,7 @@ from megatron_flowrl.rollout.errors import BadReply
 
 FinishReason = Literal["stop", "length", "abort"]
 ROUTE = "/inference/v1/generate"
+_LARGE = 1e300  # JSON knows integers that no float can hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +157,7 @@ def _log_probs(choice: Any, tokens: list[int], where: str) -> tuple[float, ...]:
     if [entry.get("token_id") if isinstance(entry, dict) else None for entry in entries] != tokens:
         raise BadReply(f"{where} answered log-probs of other tokens than its answer: {str(entries)[:200]}")
     values = [entry.get("logprob") for entry in entries]
-    if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+    if not all(type(value) in (int, float) and -_LARGE < value < _LARGE for value in values):
         raise BadReply(f"{where} answered log-probs that are not finite numbers: {str(values)[:200]}")
     return tuple(map(float, values))
 
@@ -166,12 +167,13 @@ def _versions(choice: Any, length: int, where: str) -> tuple[VersionSpan, ...]:
         return ()
     try:
         rows = [(str(span["version"]), int(span["start"]), int(span["end"])) for span in choice["weight_versions"]]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise BadReply(f"{where} did not say which weights made the answer (weight_versions); vLLM 0.32 does") from None
     spans = tuple(VersionSpan(*row) for row in rows)
     if (
         not spans
         or [span.start for span in spans] != [0, *(span.stop for span in spans[:-1])]
+        or any(span.stop < span.start for span in spans)
         or spans[-1].stop != length
     ):
         raise BadReply(f"{where} answered weight_versions that do not cover its {length} tokens: {spans}")

@@ -63,6 +63,9 @@ class HttpLoop:
         try:
             async with self._session.request(method, url, json=body, timeout=limits) as reply:
                 status, content = reply.status, await reply.read()
+        except aiohttp.ConnectionTimeoutError:
+            seconds = min(timeout, _CONNECT_SECONDS)
+            raise Unreachable(f"{url} cannot be reached: no connection within {seconds:g} s") from None
         except TimeoutError:
             raise Unreachable(f"{url} did not answer within {timeout:g} s") from None
         except (aiohttp.ClientError, OSError) as error:

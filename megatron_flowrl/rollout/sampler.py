@@ -70,7 +70,8 @@ class Pending:
 class Sampler:
     """All ranks construct it together; close it, or use it as a context manager.
 
-    `companions` is the folder with config.json of the model that the servers start from.
+    `companions` is the folder with config.json of the model. Servers that are started here begin with random weights,
+    and need no others there: the first `sync` brings them, and `begin` refuses before it.
     """
 
     def __init__(self, config: Config, world: World, model: ParallelModel, companions: Path, logs: Path) -> None:
@@ -133,6 +134,8 @@ class Sampler:
         """
         if self._asleep:
             raise RuntimeError("the servers sleep: sync wakes them")
+        if self._transfer.version is None:
+            raise RuntimeError("the servers have no weights of the trainer's yet: sync sends them")
         if self._fleet is None:
             return Pending(None)
         jobs = [
@@ -264,7 +267,7 @@ class Sampler:
 
 def _make_fleet(config: Config, http: HttpLoop, companions: Path, logs: Path) -> Fleet:
     rollout, generation = config.rollout, config.generation
-    targets = generation.urls or make_servers(config, companions, logs)
+    targets = generation.urls or make_servers(config, companions, logs, random_weights=True)
     replicas = [
         Replica(
             http,

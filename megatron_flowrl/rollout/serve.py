@@ -41,8 +41,10 @@ def transfer_backend(config: Config) -> str:
     return rollout.transfer
 
 
-def make_servers(config: Config, model: Path, logs: Path) -> list[VllmServer]:
+def make_servers(config: Config, model: Path, logs: Path, *, random_weights: bool = False) -> list[VllmServer]:
     """The servers that `config.rollout` asks for, for a Hugging Face folder; not started yet.
+
+    `random_weights` is for servers that get theirs before they are asked anything: the folder may then have none.
 
     Raises UserError for a model they cannot serve, or what this machine does not have.
     """
@@ -67,6 +69,7 @@ def make_servers(config: Config, model: Path, logs: Path) -> list[VllmServer]:
             port=None if rollout.first_port is None else rollout.first_port + index,
             seed=config.seed + index * _SEEDS_A_SERVER,
             transfer=transfer,
+            random_weights=random_weights,
             resources=share,
         )
         for index, share in enumerate(resources(rollout, os.environ, visible_gpus()))

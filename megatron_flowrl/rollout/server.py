@@ -40,8 +40,9 @@ class VllmServer:
     """One replica: a vLLM server for the Hugging Face folder `model`, its log in `log`.
 
     `seed` is what its unseeded answers come from: two servers with the same one would give the same answers to the same
-    prompts. `resources` are further environment variables, such as its share of GPUs or cores. Use as a context
-    manager, or call `stop`.
+    prompts. `random_weights`: start without reading any, for weights that are sent later; the folder needs config.json
+    alone, and it is there sooner. `resources` are further environment variables, such as its share of GPUs or cores.
+    Use as a context manager, or call `stop`.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class VllmServer:
         port: int | None = None,
         seed: int = 0,
         transfer: str | None = None,
+        random_weights: bool = False,
         resources: Mapping[str, str] | None = None,
     ) -> None:
         self.settings, self.model, self.log = settings, model, log
@@ -60,6 +62,7 @@ class VllmServer:
         self._any_port = port is None
         self._seed, self._starts = seed, 0
         self._transfer, self._resources = transfer, dict(resources or {})
+        self._random_weights = random_weights
         self._guard: subprocess.Popen[bytes] | None = None
 
     @property
@@ -72,10 +75,7 @@ class VllmServer:
 
         Raises ServerError where the port is taken, vLLM is missing, or /dev/shm is too full for its workers.
         """
-        if importlib.util.find_spec("vllm") is None:
-            raise ServerError(
-                "vLLM cannot be imported: pip install --no-deps -r requirements/vllm.txt (CPU), or vllm (GPU)"
-            )
+        check_vllm()
         check_port(self.settings.host, self.port)
         check_shared_memory(self.settings.tensor_parallel_size)
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -109,8 +109,10 @@ class VllmServer:
             "--enable-scale-out", "--max-num-seqs", str(settings.max_num_seqs),
             "--seed", str((self._seed + self._starts) % 2**31),
         ]  # fmt: skip
-        if self._transfer not in (None, "disk"):
+        if self._transfer is not None:
             command += ["--weight-transfer-config", json.dumps({"backend": self._transfer})]
+        if self._random_weights:
+            command += ["--load-format", "dummy"]
         if settings.colocated and visible_gpus():
             command += ["--enable-sleep-mode"]
         if settings.max_model_len is not None:
@@ -222,6 +224,14 @@ def resources(settings: RolloutConfig, environment: Mapping[str, str], gpus: int
             f"rollout.first_gpu = {settings.first_gpu} on; this machine shows {len(names)} ({visible})"
         )
     return [{"CUDA_VISIBLE_DEVICES": ",".join(names[size * i : size * (i + 1)])} for i in range(count)]
+
+
+def check_vllm() -> None:
+    """Raises ServerError where vLLM is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ServerError(
+            "vLLM cannot be imported: pip install --no-deps -r requirements/vllm.txt (CPU), or vllm (GPU)"
+        )
 
 
 def check_shared_memory(workers: int, folder: str = "/dev/shm") -> None:

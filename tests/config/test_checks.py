@@ -9,6 +9,7 @@ HYBRID = "precision.fp8=hybrid"
 BLOCKWISE = "precision.fp8_recipe=blockwise"
 FULL = "recompute.recompute_granularity=full"
 SELECTIVE = "recompute.recompute_granularity=selective"
+URLS = "generation.urls=[http://127.0.0.1:8000]"
 PP2 = "parallel.pipeline_model_parallel_size=2"
 VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
 OVERLAP = "ddp.overlap_param_gather=true"
@@ -33,6 +34,9 @@ GRAD_OVERLAP = "ddp.overlap_grad_reduce=true"
         [FULL, "recompute.recompute_method=uniform", "recompute.recompute_num_layers=1"],
         [SELECTIVE, "recompute.recompute_modules=[mlp]"],
         ["reference.placement=host", HYBRID, BLOCKWISE],
+        [URLS, "rollout.transfer=gloo", "rollout.dtype=float32"],
+        ["rollout.transfer=ipc", "rollout.colocated=true"],
+        ["rollout.transfer=disk", "rollout.transfer_folder=x"],
     ],
     ids=" ".join,
 )
@@ -62,6 +66,17 @@ BAD = [
         [OVERLAP, GRAD_OVERLAP, "ddp.use_distributed_optimizer=false"],
         "ddp.overlap_param_gather = true",
         "ddp.use_distributed_optimizer=true",
+    ),
+    (["rollout.transfer=ipc"], "rollout.transfer = ipc", "rollout.colocated=true"),
+    (["rollout.transfer=nccl", "rollout.colocated=true"], "rollout.transfer = nccl", "rollout.transfer=ipc"),
+    (["rollout.transfer_folder=x"], "rollout.transfer_folder = x", "rollout.transfer=disk"),
+    ([URLS, "rollout.servers=2"], "rollout.servers = 2", "generation.urls names servers that run already"),
+    ([URLS, "rollout.first_port=8000"], "rollout.first_port = 8000", "generation.urls names servers"),
+    (["generation.urls=[localhost]"], "'localhost' is not an address", "http://127.0.0.1:8000"),
+    (
+        ["generation.urls=[http://a:1,http://a:1]"],
+        "generation.urls names a server twice",
+        "keep one",
     ),
     (["ddp.bucket_size=9"], "ddp.bucket_size = 9", "ddp.overlap_grad_reduce is false"),
     ([BLOCKWISE], "precision.fp8_recipe = blockwise", "precision.fp8=hybrid"),
@@ -121,8 +136,8 @@ def test_the_setting_that_a_message_ends_with_cures(overrides, fact, cure):
     with pytest.raises(UserError) as raised:
         check_config(load_config(None, [MODEL, *overrides]))
     ending = re.search(r" (?:set|or) ([\w.]+)=(\w+|\[.*\])$", str(raised.value))
-    if ending is None:  # the cure is a number, which only the user knows
-        assert "multiple of" in cure or fact.endswith("= full")
+    if ending is None:  # the cure is a number or an address, which only the user knows
+        assert "multiple of" in cure or fact.endswith("= full") or "generation.urls" in str(raised.value)
         return
     key, value = ending.groups()
     kept = [override for override in overrides if override.partition("=")[0] != key]

@@ -59,6 +59,7 @@ def check(model: ParallelModel, expected: dict[str, torch.Tensor]) -> None:
     assert {info.name: info.shape for info in metadata} == {name: tuple(t.shape) for name, t in expected.items()}
     assert all(info.dtype == torch.float32 for info in metadata)
     check_held(stream, expected)
+    check_own_pieces(stream, expected)
 
     for bucket_bytes in (1, 30_000, 2**28):  # a bucket a parameter, some, one
         streamed = list_of(WeightStream(model, bucket_bytes=bucket_bytes), None)
@@ -94,6 +95,22 @@ def check_held(stream: WeightStream, expected: dict[str, torch.Tensor]) -> None:
     for name, count in counts.items():
         copies = ranks if name.endswith(("norm.weight", "layernorm.weight")) else 1
         assert bool((count == replicas * copies).all()), name
+
+
+def check_own_pieces(stream: WeightStream, expected: dict[str, torch.Tensor]) -> None:
+    """The pieces of a replica's ranks are the tensors, each element once, in the stream's order on every rank."""
+    order = [info.name for info in stream.metadata()]
+    mine = [(piece, values.clone()) for piece, values in stream.own_pieces()]
+    places = [(order.index(piece.name), piece.start) for piece, _ in mine]
+    assert places == sorted(places)
+    everywhere: list[list[tuple[Slice, torch.Tensor]]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everywhere, mine)
+    counts = {name: torch.zeros(tensor.shape) for name, tensor in expected.items()}
+    for piece, values in (one for pieces in everywhere for one in pieces):
+        assert torch.equal(values, piece.of(expected[piece.name]))
+        piece.of(counts[piece.name]).add_(1)
+    replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    assert all(bool((count == replicas).all()) for count in counts.values())
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Weights as an exported Hugging Face folder that the servers read: slow, and there with any vLLM."""
+"""Weights as an exported Hugging Face folder that the servers read: slow, and possible everywhere."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class DiskTransfer(WeightTransfer):
         self._count = 0
 
     def init(self, servers: Sequence[ServerControl]) -> Troubles:
-        """Nothing to agree on."""
-        return {}
+        """See WeightTransfer."""
+        return servers[0].http.run(on_each(servers, lambda one: one.init_weight_transfer_engine({}))) if servers else {}
 
     def send(self, servers: Sequence[ServerControl], version: str) -> Troubles:
         """See WeightTransfer."""
@@ -52,7 +52,7 @@ class DiskTransfer(WeightTransfer):
         troubles: Troubles = {}
         if servers:
             with self.times.measuring("load"):
-                load = on_each(servers, lambda server: server.reload_weights(str(now), version))
+                load = on_each(servers, lambda server: server.give_weights({"folder": str(now)}, version))
                 troubles = servers[0].http.run(load)
         if dist.get_rank() == 0:
             shutil.rmtree(before, ignore_errors=True)

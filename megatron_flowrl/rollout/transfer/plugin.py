@@ -6,11 +6,15 @@ this package is imported here: these processes must never see what the trainer n
 
 from __future__ import annotations
 
-ENGINES = {"shm": "ShmWeightTransferEngine", "gloo": "GlooWeightTransferEngine"}
+ENGINES = {
+    "shm": "ShmWeightTransferEngine",
+    "gloo": "GlooWeightTransferEngine",
+    "disk": "DiskWeightTransferEngine",
+}
 
 
 def register() -> None:
-    """Make `--weight-transfer-config '{"backend": "shm"}'` and `gloo` known to vLLM; safe to call twice."""
+    """Make `--weight-transfer-config '{"backend": "shm"}'` and the others known to vLLM; safe to call twice."""
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory as Factory
 
     for backend, name in ENGINES.items():

@@ -80,7 +80,7 @@ class FleetClient:
 
     def start_weight_update(self) -> None:
         """See init_weight_transfer_engine."""
-        self._on_each(ServerControl.start_weight_update)
+        self._on_each(lambda server: server.start_weight_update())
 
     def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
         """See init_weight_transfer_engine. CUDA handles are pickled, which JSON cannot carry."""

@@ -1,6 +1,6 @@
-"""The receiving ends of `shm` and `gloo`, inside a vLLM worker.
+"""The receiving ends of `shm`, `gloo` and `disk`, inside a vLLM worker.
 
-Both load through vLLM's layer-by-layer reload, as its own engines do: on a CPU the linears are packed, so that a
+All load through vLLM's layer-by-layer reload, as its own engines do: on a CPU the linears are packed, so that a
 weight cannot be written in place. That reload keeps a *reference* to what it is given until the layer is complete.
 """
 
@@ -15,9 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -34,10 +36,12 @@ class _CheckpointEngine(WeightTransferEngine[Any, Any]):
     """Takes whole Hugging Face tensors, in any order, between a start and a finish."""
 
     def start_weight_update(self) -> None:
+        self._loaded: set[str] = set()
         initialize_layerwise_reload(self.model)
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        self._renew_tied()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.receive_weights(self.parse_update_info(update_info))
@@ -45,7 +49,59 @@ class _CheckpointEngine(WeightTransferEngine[Any, Any]):
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Hand whole tensors to the model."""
         model: Any = self.model
-        model.load_weights(iter(tensors))
+        model.load_weights(self._noted(tensors))
+
+    def _noted(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            self._loaded.add(name.rpartition(".")[0])
+            yield name, tensor
+
+    def _renew_tied(self) -> None:
+        """Give the new packed weight to layers that share a weight with one that was loaded.
+
+        On a CPU a linear computes with a packed copy, and vLLM 0.32 renews that of the embedding only: a tied output
+        layer would go on with the weights before.
+        """
+        modules = dict(self.model.named_modules())
+        loaded = [modules[name] for name in self._loaded if hasattr(modules.get(name), "cpu_linear")]
+        packed = {module.weight.data_ptr(): module for module in loaded if module.weight.numel()}
+        for module in modules.values():
+            weight = getattr(module, "weight", None)
+            source = packed.get(weight.data_ptr()) if isinstance(weight, Tensor) else None
+            if source is not None and source is not module:
+                module.cpu_linear = source.cpu_linear
+
+
+@dataclass
+class DiskInitInfo(WeightTransferInitInfo):
+    """Nothing to agree on."""
+
+
+@dataclass
+class DiskUpdateInfo(WeightTransferUpdateInfo):
+    """The Hugging Face folder to read."""
+
+    folder: str
+
+
+class DiskWeightTransferEngine(_CheckpointEngine):
+    """Reads an exported folder."""
+
+    init_info_cls, update_info_cls = DiskInitInfo, DiskUpdateInfo
+
+    def init_transfer_engine(self, init_info: DiskInitInfo) -> None:
+        return None
+
+    def receive_weights(self, update_info: DiskUpdateInfo) -> None:
+        files = sorted(Path(update_info.folder).glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(f"{update_info.folder} has no *.safetensors: do the servers share this folder?")
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                self.load((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 - not a dict
+
+    def shutdown(self) -> None:
+        return None
 
 
 @dataclass
@@ -59,10 +115,7 @@ class ShmInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class ShmUpdateInfo(WeightTransferUpdateInfo):
-    """Tensors `start` to `stop` of the table are written."""
-
-    start: int
-    stop: int
+    """All of it is written."""
 
 
 class ShmWeightTransferEngine(_CheckpointEngine):
@@ -89,7 +142,7 @@ class ShmWeightTransferEngine(_CheckpointEngine):
         self._tensors = tuple((entry.name, entry.view(whole)) for entry in entries)
 
     def receive_weights(self, update_info: ShmUpdateInfo) -> None:
-        self.load(self._tensors[update_info.start : update_info.stop])
+        self.load(self._tensors)
 
     def shutdown(self) -> None:
         self._tensors = ()
