@@ -1,7 +1,7 @@
 """Worker: a trainer with servers of its own, which are killed in the midst of things.
 
 torchrun ... -m tests.end_to_end.fleet_worker JOB.json: {"case", "model", "settings", "weights": {name: folder},
-"prompts", "expected": {name: answers}, "logs"}; every check is an assertion.
+"prompts", "expected": {name: answers}, "logs", "shared": file}; every check is an assertion.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_flowrl.rollout.generation import Answer, Sampling
+from megatron_flowrl.rollout.guard import shared_memory_of
 from tests.end_to_end.test_export_in_vllm import processes_with
 from tests.end_to_end.trainer import Trainer, trainer
 
@@ -39,6 +40,15 @@ def server_processes(url: str) -> list[int]:
     """The processes of a server: the front end, the engine and the workers, without the guard."""
     guard, *_ = sorted(processes_with(url.rpartition(":")[2]))
     return descendants(guard)
+
+
+def note_shared_memory(run: Trainer, file: Path) -> None:
+    """Add what the servers have in /dev/shm now to a file."""
+    fleet = run.sampler._fleet
+    if fleet is not None:
+        processes = [process for server in fleet.running() for process in server_processes(server.url)]
+        with file.open("a") as names:
+            names.writelines(f"{name}\n" for name in shared_memory_of(processes))
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 200.0) -> None:
@@ -142,7 +152,9 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     with trainer(Path(job["weights"]["A"]), Path(job["logs"]), job["settings"]) as run:
         for case in CASES[job["case"]]:
+            note_shared_memory(run, Path(job["shared"]))
             case(run, job)
+        note_shared_memory(run, Path(job["shared"]))
 
 
 if __name__ == "__main__":
