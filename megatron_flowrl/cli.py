@@ -35,6 +35,17 @@ _SCORE = """Log-probs of the response tokens in a JSONL file, under any parallel
   megatron-flowrl score --model DIR --input in.jsonl --output out.jsonl precision.dtype=float32
   torchrun --nproc_per_node 2 -m megatron_flowrl score --model DIR --input in.jsonl --output out.jsonl \\
       parallel.tensor_model_parallel_size=2
+
+With --compare-sampler the responses are sampled, and it is reported how far the sampler's log-probs are from these.
+Only then the sections rollout and generation are read.
+
+  in:   {"prompt": [1, 2, 3]} a line; a response, if there is one, is ignored
+  out:  {"prompt": [1, 2, 3], "response": [4, 5], "log_probs": [-1.2, -0.3], "sampler_log_probs": [-1.2, -0.3],
+        "finish_reason": "stop", "weight_versions": [{"version": "0", "start": 0, "stop": 2}]} for each of generation.n
+        answers to each prompt, in order; answers end with the model's eos_token_id
+
+  megatron-flowrl score --compare-sampler --model DIR --input in.jsonl --output out.jsonl \\
+      precision.dtype=float32 rollout.dtype=float32 generation.n=1 generation.max_tokens=256
 """
 
 
@@ -66,6 +77,7 @@ _EXPORT_SECTIONS = ("model", "parallel", "logging")
 _INSPECT_SECTIONS = ("logging",)
 
 _SCORE_SECTIONS = ("seed", "model", "parallel", "precision", "data", "log_prob", "logging")
+_COMPARE_SECTIONS = (*_SCORE_SECTIONS, "rollout", "generation")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -100,11 +112,28 @@ def _print(error: UserError) -> None:
 
 
 def _score(arguments: Sequence[str]) -> None:
-    parser = _command_parser("score", _SCORE, _SCORE_SECTIONS)
+    parser = _command_parser("score", _SCORE, _COMPARE_SECTIONS)
     parser.add_argument("--model", metavar="DIR", help="Hugging Face folder or checkpoint; short for model.path=DIR")
     parser.add_argument("--input", metavar="FILE", required=True, help="JSONL of prompts and responses")
     parser.add_argument("--output", metavar="FILE", required=True, help="JSONL to write")
+    parser.add_argument(
+        "--compare-sampler", action="store_true",
+        help="sample answers to the prompts from vLLM servers with the model's weights (responses in the input are "
+        "ignored), score them, and report the mismatch",
+    )  # fmt: skip
+    # Not --logs: torchrun takes that for an abbreviation of two options of its own, wherever it stands.
+    parser.add_argument(
+        "--server-logs", metavar="DIR", help="with --compare-sampler: folder for the servers' logs (default: logs)"
+    )
     given = parser.parse_intermixed_args(arguments)
+    if given.compare_sampler:
+        config, world = _settings("score --compare-sampler", given, _COMPARE_SECTIONS, given.model)
+        from megatron_flowrl.training.compare_sampler import compare_sampler
+
+        compare_sampler(config, world, given.input, given.output, Path(given.server_logs or "logs"))
+        return
+    if given.server_logs is not None:
+        parser.error("--server-logs is for --compare-sampler: without it no server is started; leave it out")
     config, world = _settings("score", given, _SCORE_SECTIONS, given.model)
     from megatron_flowrl.training.score import score  # Megatron, which talks while it loads, only now
 

@@ -11,11 +11,11 @@ import torch
 
 from megatron_flowrl.config import UserError
 
-_CONFIG = "config.json"
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
 # Names that transformers, vLLM and tokenizers look for, over all families.
 _NAMES = (
     _CONFIG,
-    "generation_config.json",
+    _GENERATION,
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -52,6 +52,26 @@ def write_companions(contents: Mapping[str, bytes], target: Path, dtype: torch.d
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
         config[key] = str(dtype).removeprefix("torch.")
         (target / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def stop_token_ids(folder: Path) -> tuple[int, ...]:
+    """The tokens that end an answer of the Hugging Face model in `folder`: `eos_token_id`, one number or a list.
+
+    That of generation_config.json, as far as it has one, else that of config.json, as transformers does. Empty for a
+    model without EOS, whose answers end by their length alone. Raises UserError for a file or a value that will not do.
+    """
+    for name in (_GENERATION, _CONFIG):
+        path = folder / name
+        if name == _GENERATION and not path.is_file():
+            continue
+        value = _read_json(path).get("eos_token_id")
+        if value is None:
+            continue
+        tokens = value if isinstance(value, list) else [value]
+        if not all(type(token) is int and token >= 0 for token in tokens):
+            raise UserError(f"{path}: eos_token_id = {value!r} must be a token id, or a list of them; mend the file")
+        return tuple(dict.fromkeys(tokens))
+    return ()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

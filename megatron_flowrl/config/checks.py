@@ -176,6 +176,13 @@ def _rollout(config: Config) -> Iterator[str]:
             f"rollout.first_port = {rollout.first_port} leaves no port for the last of rollout.servers = "
             f"{rollout.servers}: ports end at 65535; lower one of them"
         )
+    limit = config.parallel.distributed_timeout_minutes * 60 / 2
+    if rollout.transfer_timeout_seconds > limit:
+        yield (
+            f"rollout.transfer_timeout_seconds = {rollout.transfer_timeout_seconds:g} is above {limit:g}, half of "
+            "parallel.distributed_timeout_minutes, in which the other ranks give up on a transfer; "
+            "lower it or raise that"
+        )
     if rollout.transfer == "ipc" and not rollout.colocated:
         yield (
             "rollout.transfer = ipc needs rollout.colocated=true, which is false: it is for GPUs that servers share "
@@ -198,7 +205,7 @@ def _rollout(config: Config) -> Iterator[str]:
     for url in config.generation.urls:
         if not re.fullmatch(r"http://[^/\s:]+:\d+/?", url):
             yield f"generation.urls: {url!r} is not an address such as http://127.0.0.1:8000"
-    if len(set(config.generation.urls)) < len(config.generation.urls):
+    if len({url.rstrip("/") for url in config.generation.urls}) < len(config.generation.urls):
         yield f"generation.urls names a server twice: {', '.join(config.generation.urls)}; keep one"
 
 

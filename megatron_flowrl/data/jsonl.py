@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_flowrl.config import UserError
 from megatron_flowrl.data.batch import TokenSequence
 
 Encode = Callable[[str, bool], list[int]]  # (text, whether special tokens such as BOS are added) -> token ids
 _MOST_PROBLEMS = 10
+_T = TypeVar("_T")
+
+
+def read_prompts(
+    path: str | os.PathLike[str], *, vocab_size: int, encode: Callable[[], Encode]
+) -> list[tuple[int, ...]]:
+    """Read `{"prompt": ...}` lines, one prompt of token ids each; see `read_sequences`. Other keys are not looked at.
+
+    How long a prompt may be is for the caller, who knows what has to follow it. Raises UserError.
+    """
+    reader = _LineReader(vocab_size, encode)
+    return _read(Path(path), reader.prompt, "{'prompt': [...]}")
 
 
 def read_sequences(
@@ -26,20 +38,29 @@ def read_sequences(
     A prompt has at least one token: the first response token's log-prob is conditional on what stands before it. A
     response may be empty; its log-prob is 0. Raises UserError naming every bad line (the first ten).
     """
-    path = Path(path)
-    reader = _LineReader(vocab_size, max_length, encode)
-    sequences, problems = [], []
+    reader = _LineReader(vocab_size, encode)
+    return _read(Path(path), lambda line: reader.sequence(line, max_length), "{'prompt': [...], 'response': [...]}")
+
+
+def refuse_lines(path: str | os.PathLike[str], problems: Sequence[tuple[int, str]]) -> None:
+    """Raise UserError with what is wrong with lines of a file, by their numbers from 1 (the first ten)."""
+    if problems:
+        told = [f"{path}:{number}: {problem}" for number, problem in problems[:_MOST_PROBLEMS]]
+        left_out = len(problems) - _MOST_PROBLEMS
+        raise UserError(*told, *([f"{path}: {left_out} more bad lines"] if left_out > 0 else []))
+
+
+def _read(path: Path, read: Callable[[bytes], _T], example: str) -> list[_T]:
+    found, problems = [], []
     for number, line in _lines(path):
         try:
-            sequences.append(reader.read(line))
+            found.append(read(line))
         except _BadLine as error:
-            problems.append(f"{path}:{number}: {error}")
-    if not sequences and not problems:
-        raise UserError(f"{path} has no lines: give at least one {{'prompt': [...], 'response': [...]}}")
-    if problems:
-        left_out = len(problems) - _MOST_PROBLEMS
-        raise UserError(*problems[:_MOST_PROBLEMS], *([f"{path}: {left_out} more bad lines"] if left_out > 0 else []))
-    return sequences
+            problems.append((number, str(error)))
+    if not found and not problems:
+        raise UserError(f"{path} has no lines: give at least one {example}")
+    refuse_lines(path, problems)
+    return found
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -65,12 +86,26 @@ class _BadLine(Exception):
 
 
 class _LineReader:
-    def __init__(self, vocab_size: int, max_length: int, encode: Callable[[], Encode]) -> None:
-        self._vocab_size, self._max_length = vocab_size, max_length
+    def __init__(self, vocab_size: int, encode: Callable[[], Encode]) -> None:
+        self._vocab_size = vocab_size
         self._make_encode = encode
         self._encode: Encode | None = None
 
-    def read(self, line: bytes) -> TokenSequence:
+    def prompt(self, line: bytes) -> tuple[int, ...]:
+        return self._prompt(self._record(line, "prompt"))
+
+    def sequence(self, line: bytes, max_length: int) -> TokenSequence:
+        record = self._record(line, "prompt", "response")
+        prompt = self._prompt(record)
+        response = self._tokens("response", record["response"], special=False)
+        if len(prompt) + len(response) > max_length:
+            raise _BadLine(
+                f"prompt + response has {len(prompt) + len(response)} tokens; the model takes {max_length} "
+                "(its position limit, its sliding window or model.max_sequence_length)"
+            )
+        return TokenSequence(prompt, response)
+
+    def _record(self, line: bytes, *keys: str) -> dict[str, Any]:
         if not line.strip():
             raise _BadLine("an empty line; every line in is a line out: leave it out")
         try:
@@ -80,20 +115,18 @@ class _LineReader:
         except (ValueError, RecursionError) as error:
             raise _BadLine(f"not JSON ({error})") from None
         if not isinstance(record, dict):
-            raise _BadLine(f"a JSON {type(record).__name__}, not an object with the keys prompt and response")
-        missing = [key for key in ("prompt", "response") if key not in record]
+            wanted = "key" if len(keys) == 1 else "keys"
+            raise _BadLine(f"a JSON {type(record).__name__}, not an object with the {wanted} {' and '.join(keys)}")
+        missing = [key for key in keys if key not in record]
         if missing:
             raise _BadLine(f"the key {' and '.join(missing)} is missing; there are {', '.join(record) or 'none'}")
+        return record
+
+    def _prompt(self, record: dict[str, Any]) -> tuple[int, ...]:
         prompt = self._tokens("prompt", record["prompt"], special=True)
-        response = self._tokens("response", record["response"], special=False)
         if not prompt:
             raise _BadLine("prompt is empty; give at least one token (such as BOS) for the response to follow")
-        if len(prompt) + len(response) > self._max_length:
-            raise _BadLine(
-                f"prompt + response has {len(prompt) + len(response)} tokens; the model takes {self._max_length} "
-                "(its position limit, its sliding window or model.max_sequence_length)"
-            )
-        return TokenSequence(prompt, response)
+        return prompt
 
     def _tokens(self, key: str, value: Any, *, special: bool) -> tuple[int, ...]:
         if isinstance(value, str):

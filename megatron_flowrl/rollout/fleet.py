@@ -17,6 +17,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -32,7 +33,7 @@ from megatron_flowrl.rollout.replica import Replica, State
 _WATCH_SECONDS = 2.0
 _STRIKES = 3  # looks in a row that find a server not well, before a silent one is given up
 _WATCHED = (State.READY, State.STALE, State.PAUSED)
-_DRAIN_POLL_SECONDS = 0.01
+_POLL_SECONDS = 0.01
 _OVERTAKEN_SECONDS = 0.5  # what runs so long after an abort was on its way to the server then, and waits there
 
 
@@ -152,13 +153,13 @@ class Fleet:
         """Do it on these servers at once; what went wrong, by address."""
         return self.http.run(on_each(servers, action))
 
-    def pause(self, servers: Sequence[ServerControl], *, abort: bool) -> dict[str, ReplyError]:
-        """Send these servers nothing more and let what they work on finish, or with `abort` stop at once.
+    def pause(self, servers: Sequence[ServerControl], *, abort: bool) -> Future[dict[str, ReplyError]]:
+        """Begin to send these servers nothing more and let what they work on finish, or with `abort` stop at once.
 
         Aborted answers keep what they have, and go on when there is a server for them. Prefix caches are empty
-        afterwards. Returns what went wrong, by address.
+        afterwards. The result is what went wrong, by address.
         """
-        return self.http.run(self._pause(servers, abort))
+        return self.http.start(self._pause(servers, abort))
 
     def resume(self, servers: Sequence[ServerControl], version: str | None) -> None:
         """Give these servers prompts again; the fleet's weights are `version` from now on."""
@@ -168,18 +169,15 @@ class Fleet:
         """End these servers, whose state is not known, and start them again behind the scenes."""
         self.http.run(self._give_up(servers, why))
 
-    def wait_for_stale(self, timeout: float) -> bool:
-        """Until a server that was started again waits for weights; False where none does in time, or ever will.
-
-        Raises ServerError where no server is left.
-        """
+    def wait_for_running(self, timeout: float) -> bool:
+        """Until a server runs; False where none does in time. Raises ServerError where none ever will."""
         deadline = time.monotonic() + timeout
-        while not self.stale():
+        while not self.running():
             if all(replica.state is State.LOST for replica in self.replicas):
                 raise self._all_lost()
-            if not any(replica.state is State.DOWN for replica in self.replicas) or time.monotonic() > deadline:
+            if time.monotonic() > deadline:
                 return False
-            time.sleep(_DRAIN_POLL_SECONDS)
+            time.sleep(_POLL_SECONDS)
         return True
 
     def close(self) -> None:
@@ -273,7 +271,8 @@ class Fleet:
                 task.generation.put(answer)
             return
         if len(answer.token_ids) >= task.job.sampling.max_tokens:
-            task.generation.put(replace(answer, finish_reason="length"))
+            if task.generation in self._work.generations:
+                task.generation.put(replace(answer, finish_reason="length"))
             return
         had = task.job.so_far.token_ids if task.job.so_far is not None else ()
         task.job = replace(task.job, so_far=answer, continuations=task.job.continuations + 1)
@@ -344,8 +343,8 @@ class Fleet:
         while replica.restarts < self._max_restarts:
             try:
                 await replica.start_again()
-            except (ServerError, OSError) as error:
-                logger.warning("%s", error)
+            except Exception as error:  # whatever it is: the attempts are bounded, and the fleet goes on
+                logger.warning("server %s could not be started again: %s", replica.url, error)
                 continue
             logger.info("server %s is there again", replica.url)
             if self.version is None:
@@ -354,6 +353,8 @@ class Fleet:
             else:
                 self._turn_stale(replica)
             return
+        if replica.process is not None:
+            await asyncio.to_thread(replica.process.stop)
         replica.state = State.LOST
         logger.error("server %s is lost: rollout.max_restarts = %d is used up", replica.url, self._max_restarts)
         self._dispatch()
@@ -416,7 +417,13 @@ class Fleet:
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:  # a defect of ours: nobody may wait for it
+            logger.error("the fleet's own work failed", exc_info=error)
+            self._fail(ServerError(f"the fleet's own work failed: {error!r}"))
 
     def _replicas_of(self, servers: Sequence[ServerControl]) -> list[Replica]:
         """Without those that have been given up since: they are being started again."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -81,7 +81,8 @@ class Sampler:
         self._http: HttpLoop | None = None
         self._fleet: Fleet | None = None
         self._last_said = time.monotonic()
-        self._asleep = False
+        self._asleep = self._in_transfer = False
+        self._synced: str | None = None
         backend = ""
         with together():
             backend = transfer_backend(config)
@@ -89,7 +90,12 @@ class Sampler:
                 self._http = HttpLoop()
                 self._fleet = _make_fleet(config, self._http, companions, logs)
         stream = WeightStream(model, dtype=getattr(torch, rollout.dtype))
-        self._transfer = make_transfer(backend, config, stream, companions)
+        try:
+            self._transfer = make_transfer(backend, config, stream, companions)
+        except BaseException:
+            if self._http is not None:
+                self._http.close()
+            raise
         self._sleeps = rollout.colocated and visible_gpus() > 0
 
     def start(self) -> None:
@@ -114,27 +120,31 @@ class Sampler:
         Servers that fail are started again and get the weights later; one at least has them when this returns. Raises
         SharedUserError where none is left.
         """
+        if version == self._synced:
+            raise ValueError(f"version {version!r} was sent already: other weights need a name of their own")
         self._transfer.times = TransferTimes()
         fleet, count = self._fleet, 0
         if fleet is None:
             self._follow()
         else:
             with self._leading():
-                self._send_to(fleet, fleet.running(), version)
-                while (count := sum(server.weight_version == version for server in fleet.running())) == 0:
-                    self._wait_for_a_server(fleet)
-                    self._send_to(fleet, fleet.stale(), version)
-        self._asleep = False
+                while count == 0:
+                    while not fleet.wait_for_running(_SAY_SECONDS):
+                        self._say(_Next.WAIT, None)
+                    self._send_to(fleet, [s for s in fleet.running() if s.weight_version != version], version)
+                    count = sum(server.weight_version == version for server in fleet.running())
+        self._asleep, self._synced = False, version
         return SyncReport(version, self._transfer.times, self._transfer.nbytes, count)
 
     def begin(self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int) -> Pending:
         """Begin to sample n answers to each prompt (token ids), and return at once; `finish` brings them.
 
-        In between the weights may be changed by `sync`.
+        In between, the trainer's weights may not change without a `sync`: a server that has to be started again gets
+        them as they are then.
         """
         if self._asleep:
             raise RuntimeError("the servers sleep: sync wakes them")
-        if self._transfer.version is None:
+        if self._synced is None:
             raise RuntimeError("the servers have no weights of the trainer's yet: sync sends them")
         if self._fleet is None:
             return Pending(None)
@@ -149,6 +159,8 @@ class Sampler:
         `on_answer` is called on rank 0 for each as it finishes. Every prompt is answered, by the weights that were sent
         last, whatever happens to servers; where none is left, SharedUserError is raised on every rank.
         """
+        if self._asleep:
+            raise RuntimeError("the servers sleep: sync wakes them")
         fleet, generation = self._fleet, pending.generation
         if fleet is None or generation is None:
             self._follow()
@@ -183,7 +195,7 @@ class Sampler:
         else:
             with self._leading():
                 servers = fleet.running()
-                troubles = fleet.pause(servers, abort=self._aborts)
+                troubles = self._pause(fleet, servers)
                 troubles |= fleet.on_each(_without(servers, troubles), ServerControl.sleep)
                 _give_up(fleet, servers, troubles)
         self._asleep = True
@@ -202,23 +214,21 @@ class Sampler:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def _aborts(self) -> bool:
-        return self._config.generation.in_flight_at_sync == "abort"
-
     def _send_to(self, fleet: Fleet, servers: Sequence[ServerControl], version: str | None) -> None:
         """Rank 0: a transfer with all ranks, where there is a server for it; else a sign of life."""
         if not servers or version is None:
             self._say(_Next.WAIT, None)
             return
-        self._say(_Next.SEND, version)
         asleep, self._asleep = self._asleep, False
         if asleep:
             troubles = fleet.on_each(servers, lambda server: server.wake_up("weights"))
         else:
-            troubles = fleet.pause(servers, abort=self._aborts)
+            troubles = self._pause(fleet, servers)
+        self._say(_Next.SEND, version)  # the others enter collectives now, whose time is short
+        self._in_transfer = True
         troubles |= self._transfer.init([s for s in _without(servers, troubles) if not s.has_met])
         troubles |= self._transfer.send(_without(servers, troubles), version)
+        self._in_transfer = False
         if asleep:
             troubles |= fleet.on_each(_without(servers, troubles), lambda server: server.wake_up("kv_cache"))
         for server in _without(servers, troubles):
@@ -226,17 +236,25 @@ class Sampler:
         fleet.resume(_without(servers, troubles), version)
         _give_up(fleet, servers, troubles)
 
-    def _wait_for_a_server(self, fleet: Fleet) -> None:
-        while not fleet.wait_for_stale(_SAY_SECONDS):
-            self._say(_Next.WAIT, None)
+    def _pause(self, fleet: Fleet, servers: Sequence[ServerControl]) -> Troubles:
+        """Rank 0: have servers paused, which may take as long as an answer, with signs of life meanwhile."""
+        pausing = fleet.pause(servers, abort=self._config.generation.in_flight_at_sync == "abort")
+        while True:
+            try:
+                return pausing.result(timeout=_SAY_SECONDS)
+            except TimeoutError:
+                if pausing.done():
+                    raise
+                self._say(_Next.WAIT, None)
 
     def _follow(self) -> None:
         """The other ranks: take part in what rank 0 says, until it is done."""
         while True:
             what, content = self._hear()
             if what is _Next.SEND:
-                self._transfer.init([])
-                self._transfer.send([], str(content))
+                with suppress(SharedUserError):  # rank 0 has met it too, and will say so
+                    self._transfer.init([])
+                    self._transfer.send([], str(content))
             elif what is _Next.FAIL:
                 raise SharedUserError(*content)
             elif what is _Next.DONE:
@@ -249,7 +267,10 @@ class Sampler:
             yield
         except BaseException as error:
             problems = error.problems if isinstance(error, UserError) else (f"rank 0 has stopped: {error!r}",)
-            self._say(_Next.FAIL, problems)
+            # Within a transfer the others listen only where they have met the same error.
+            if isinstance(error, SharedUserError) or not self._in_transfer:
+                self._say(_Next.FAIL, problems)
+            self._in_transfer = False
             if isinstance(error, UserError):
                 raise SharedUserError(*problems) from error
             raise

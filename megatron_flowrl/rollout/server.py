@@ -33,6 +33,7 @@ _TAIL_BYTES = 6000
 _NOT_FOR_SERVERS = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
 _NOT_FOR_SERVERS_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 _POLL_SECONDS = 0.2
+_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # past any http_proxy of the environment
 _QUEUE_BYTES = 2**26  # a worker's queues with the engine in /dev/shm
 
 
@@ -87,9 +88,13 @@ class VllmServer:
                 stdin=subprocess.PIPE,  # its end is ours: when we end, so does the server
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=server_environment(os.environ, self.settings) | self._resources,
+                env=server_environment(os.environ, self.settings) | self._resources | self._for_transfer(),
                 start_new_session=True,  # Ctrl-C is for us; the guard hears of it from us
             )
+
+    def _for_transfer(self) -> dict[str, str]:
+        """CUDA handles come pickled, which vLLM takes only when told so; whoever reaches its routes can do worse."""
+        return {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if self._transfer == "ipc" else {}
 
     def start_again(self, *, same_port: bool = False) -> None:
         """`start` after an end, on another port if it may have any; the log goes on. Raises ServerError."""
@@ -151,7 +156,7 @@ class VllmServer:
     def get(self, path: str, timeout: float) -> Any:
         """The JSON that the server answers, None for an empty answer. Raises OSError where it does not answer well."""
         try:
-            with urllib.request.urlopen(f"{self.url}{path}", timeout=timeout) as reply:
+            with _DIRECTLY.open(f"{self.url}{path}", timeout=timeout) as reply:
                 body: bytes = reply.read()
             return json.loads(body) if body.strip() else None
         except (ValueError, http.client.HTTPException) as error:

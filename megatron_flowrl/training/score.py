@@ -8,24 +8,22 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
-
-import torch
+from typing import IO, Any, Generic, TypeVar
 
 from megatron_flowrl.checkpoint.load import load_weights
-from megatron_flowrl.checkpoint.locate import locate_model
-from megatron_flowrl.checkpoint.sources import open_source
+from megatron_flowrl.checkpoint.locate import ModelFolder, locate_model
+from megatron_flowrl.checkpoint.sources import WeightSource, open_source
 from megatron_flowrl.config import Config, UserError, check_config, data_parallel_size
 from megatron_flowrl.data.batch import TokenSequence
 from megatron_flowrl.data.jsonl import read_sequences
 from megatron_flowrl.data.packing import PackingPlan
 from megatron_flowrl.data.tokenizer import load_encode
-from megatron_flowrl.model.architecture import read_architecture
-from megatron_flowrl.model.build import build_parallel_model, freeze
+from megatron_flowrl.model.architecture import Architecture, read_architecture
+from megatron_flowrl.model.build import ParallelModel, build_parallel_model, freeze
 from megatron_flowrl.model.layout import check_layout, max_sequence_length
 from megatron_flowrl.observe.log import logger, progress
 from megatron_flowrl.platform import Platform, check_platform, current_platform
@@ -40,6 +38,7 @@ from megatron_flowrl.training.passes import ScoredTokens, forward_only, gather_t
 from megatron_flowrl.training.plan import packing_rules, plan
 
 _TEMPORARY = ".megatron-flowrl."
+_T = TypeVar("_T")
 
 
 def score(config: Config, world: World, input_path: str, output_path: str) -> None:
@@ -49,38 +48,25 @@ def score(config: Config, world: World, input_path: str, output_path: str) -> No
     that is not finite is null. Everything the user gave is checked before the model is built; the output appears
     whole or not at all. Raises UserError.
     """
-    with alike():
-        check_config(config)
-        folder = locate_model(config.model.path)  # once: a run that goes on may save meanwhile
-        config = replace(config, model=replace(config.model, path=str(folder.checkpoint or config.model.path)))
-        replicas = data_parallel_size(config.parallel, world.size)
-    platform = current_platform(world.local_rank)
-    check_platform(config, platform)
-    logger.info(platform.describe())
-    with process_groups(world, config.parallel, platform, config.seed):
-        with together():
-            architecture = read_architecture(folder.hugging_face)
-            check_layout(architecture, config)
-            if world.rank == 0:  # the one that writes
-                _check_output(input_path, output_path)
-            source = open_source(config, architecture)
-            sequences = read_sequences(
+    with prepared(config, world) as run:
+
+        def read(architecture: Architecture) -> list[TokenSequence]:
+            return read_sequences(
                 input_path,
                 vocab_size=architecture.vocab_size,
-                max_length=max_sequence_length(architecture, config),
-                encode=lambda: load_encode(config.data.tokenizer or folder.hugging_face),
+                max_length=max_sequence_length(architecture, run.config),
+                encode=lambda: load_encode(run.tokenizer),
             )
-        check_agreement(f"--input {input_path!r}", sequences)
-        check_agreement("the checkpoint that the path leads to", config.model.path)
-        check_agreement(f"{folder.hugging_face}/config.json", architecture)
-        with alike():
-            packing = plan([len(s) for s in sequences], packing_rules(config, architecture, replicas))
-        logger.info("%s, %s", _layout(config, world, replicas), packing.describe())
 
-        model = freeze(build_parallel_model(architecture, config, platform))
-        load_weights(model, source)
+        checked = check_inputs(run, input_path, output_path, read)
+        sequences = checked.content
+        with alike():
+            packing = plan([len(s) for s in sequences], packing_rules(run.config, checked.architecture, run.replicas))
+        logger.info("%s, %s", run.layout(), packing.describe())
+
+        model = load_frozen(run, checked)
         started = time.perf_counter()
-        scored = _score(model.chunks, sequences, packing, config, platform, world)
+        scored = score_sequences(model, sequences, packing, run)
         seconds = time.perf_counter() - started
         with together():
             if world.rank == 0:
@@ -92,34 +78,96 @@ def score(config: Config, world: World, input_path: str, output_path: str) -> No
         )  # fmt: skip
 
 
-def _score(
-    chunks: Sequence[torch.nn.Module],
-    sequences: Sequence[TokenSequence],
-    packing: PackingPlan,
-    config: Config,
-    platform: Platform,
-    world: World,
+@dataclass(frozen=True)
+class Run:
+    """A command's settings, checked and with the model's path resolved, and where it runs."""
+
+    config: Config
+    world: World
+    folder: ModelFolder
+    replicas: int  # the data-parallel size
+    platform: Platform
+
+    @property
+    def tokenizer(self) -> str | Path:
+        """The folder of the tokenizer, for text."""
+        return self.config.data.tokenizer or self.folder.hugging_face
+
+    def layout(self) -> str:
+        """The ranks and how they share the work, for people."""
+        p = self.config.parallel
+        chunks = f" (VPP{p.virtual_pipeline_model_parallel_size})" if p.virtual_pipeline_model_parallel_size else ""
+        sequence = " (SP)" if p.sequence_parallel else ""
+        return (
+            f"{self.world.size} rank{'s' * (self.world.size > 1)} = TP{p.tensor_model_parallel_size}{sequence} x "
+            f"PP{p.pipeline_model_parallel_size}{chunks} x CP{p.context_parallel_size} x DP{self.replicas}"
+        )
+
+
+@dataclass(frozen=True)
+class Checked(Generic[_T]):
+    """What `check_inputs` has found to be good: the model's shape, its weights, still unread, and the input."""
+
+    architecture: Architecture
+    source: WeightSource
+    content: _T
+
+
+@contextmanager
+def prepared(config: Config, world: World) -> Iterator[Run]:
+    """Check the settings, find the model, and be in the process groups for the block. Raises SharedUserError."""
+    with alike():
+        check_config(config)
+        folder = locate_model(config.model.path)  # once: a run that goes on may save meanwhile
+        config = replace(config, model=replace(config.model, path=str(folder.checkpoint or config.model.path)))
+        replicas = data_parallel_size(config.parallel, world.size)
+    platform = current_platform(world.local_rank)
+    check_platform(config, platform)
+    logger.info(platform.describe())
+    with process_groups(world, config.parallel, platform, config.seed):
+        yield Run(config, world, folder, replicas, platform)
+
+
+def check_inputs(run: Run, input_path: str, output_path: str, read: Callable[[Architecture], _T]) -> Checked[_T]:
+    """Look at all the user gave before anything is built; `read` brings the input file's content on every rank.
+
+    Raises SharedUserError, also where ranks see different files.
+    """
+    with together():
+        architecture = read_architecture(run.folder.hugging_face)
+        check_layout(architecture, run.config)
+        if run.world.rank == 0:  # the one that writes
+            check_output(input_path, output_path)
+        source = open_source(run.config, architecture)
+        content = read(architecture)
+    check_agreement(f"--input {input_path!r}", content)
+    check_agreement("the checkpoint that the path leads to", run.config.model.path)
+    check_agreement(f"{run.folder.hugging_face}/config.json", architecture)
+    return Checked(architecture, source, content)
+
+
+def load_frozen(run: Run, checked: Checked[Any]) -> ParallelModel:
+    """This rank's part of the model, with its weights, for passes without gradients."""
+    model = freeze(build_parallel_model(checked.architecture, run.config, run.platform))
+    load_weights(model, checked.source)
+    return model
+
+
+def score_sequences(
+    model: ParallelModel, sequences: Sequence[TokenSequence], packing: PackingPlan, run: Run
 ) -> ScoredTokens:
-    batches = local_batches(sequences, packing, 0, platform.device)
-    entropy = config.log_prob.entropy
-    with progress(config.logging, world.rank, len(batches) * len(chunks), "scoring") as advance:
+    """Log-probs, and entropies where log_prob.entropy asks for them, on every rank. All ranks call it together."""
+    batches = local_batches(sequences, packing, 0, run.platform.device)
+    settings, entropy = run.config.log_prob, run.config.log_prob.entropy
+    with progress(run.config.logging, run.world.rank, len(batches) * len(model.chunks), "scoring") as advance:
         outputs = forward_only(
-            chunks, batches, config.log_prob, entropy="detached" if entropy else "none", on_micro_batch=advance
+            model.chunks, batches, settings, entropy="detached" if entropy else "none", on_micro_batch=advance
         )
     return gather_tokens(sequences, batches, outputs, entropy=entropy)
 
 
-def _layout(config: Config, world: World, replicas: int) -> str:
-    p = config.parallel
-    chunks = f" (VPP{p.virtual_pipeline_model_parallel_size})" if p.virtual_pipeline_model_parallel_size else ""
-    sequence = " (SP)" if p.sequence_parallel else ""
-    return (
-        f"{world.size} rank{'s' * (world.size > 1)} = TP{p.tensor_model_parallel_size}{sequence} x "
-        f"PP{p.pipeline_model_parallel_size}{chunks} x CP{p.context_parallel_size} x DP{replicas}"
-    )
-
-
-def _check_output(input_path: str, output_path: str) -> None:
+def check_output(input_path: str, output_path: str) -> None:
+    """Raises UserError where the output file could not be written at the end, or is the input."""
     output = Path(output_path)
     try:
         if output.is_dir():
@@ -145,27 +193,28 @@ def _check_output(input_path: str, output_path: str) -> None:
 
 def _write(scored: ScoredTokens, output_path: str) -> None:
     unusable = 0
-    with _whole_file(Path(output_path)) as file:
+    with whole_file(Path(output_path)) as file:
         for index in range(len(scored.offsets) - 1):
             log_probs, entropy = scored.of_sequence(index)
-            record: dict[str, object] = {"log_probs": _finite(log_probs.tolist())}
+            record: dict[str, object] = {"log_probs": finite_or_null(log_probs.tolist())}
             total = math.fsum(log_probs.tolist()) if bool(log_probs.isfinite().all()) else None
             record["log_prob"] = total
             if entropy is not None:
-                record["entropy"] = _finite(entropy.tolist())
+                record["entropy"] = finite_or_null(entropy.tolist())
             unusable += total is None
             file.write(json.dumps(record) + "\n")
     if unusable:
         logger.warning("%d sequences have log-probs that are not finite (null in the output)", unusable)
 
 
-def _finite(values: list[float]) -> list[float | None]:
+def finite_or_null(values: Sequence[float]) -> list[float | None]:
+    """JSON knows no NaN and no infinity."""
     return [value if math.isfinite(value) else None for value in values]
 
 
 @contextmanager
-def _whole_file(path: Path) -> Iterator[IO[str]]:
-    """Write beside `path` and move into place at the end: nobody sees half a file."""
+def whole_file(path: Path) -> Iterator[IO[str]]:
+    """Write beside `path` and move into place at the end: nobody sees half a file. Raises UserError."""
     path = path.resolve()  # a link stays one
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def give(servers: Fleet, version: str) -> None:
     """New weights for all that run or are stale."""
     controls = servers.running()
-    assert servers.pause(controls, abort=True) == {}
+    assert servers.pause(controls, abort=True).result() == {}
     assert servers.on_each(controls, lambda control: control.finish_weight_update(version)) == {}
     servers.resume(controls, version)
 
@@ -72,7 +71,8 @@ def test_a_server_that_dies_between_generations_is_started_again_with_old_weight
     assert versions(answers(servers.generate(jobs))) == {"1"}
     process.stop()
     wait_for(lambda: servers.replicas[0].state is State.DOWN)
-    assert servers.wait_for_stale(20.0) and process.lives == 2
+    wait_for(lambda: len(servers.stale()) == 1)
+    assert process.lives == 2
     generation = servers.generate(jobs)
     assert generation.next(timeout=0.1) is None
     give(servers, "1")
@@ -103,7 +103,7 @@ def test_without_any_server_left_generations_end_with_an_error(own: Any, make_fl
     with pytest.raises(ServerError, match="no server is left"):
         answers(servers.generate(make_jobs(1)))
     with pytest.raises(ServerError, match="no server is left"):
-        servers.wait_for_stale(1.0)
+        servers.wait_for_running(1.0)
 
 
 def test_an_answer_ends_the_count_of_restarts(own: Any, make_fleet: Any) -> None:
@@ -121,10 +121,10 @@ def test_a_server_of_others_that_comes_back_waits_for_weights(stub: Any, make_fl
     wait_for(lambda: before.in_flight == 4)
     before.stop()
     wait_for(lambda: servers.replicas[0].state is State.DOWN)
-    assert servers.running() == [] and not servers.wait_for_stale(0.05)
+    assert servers.running() == [] and not servers.wait_for_running(0.05)
     after = StubServer(before.port).start()
     try:
-        assert servers.wait_for_stale(10.0)
+        assert servers.wait_for_running(10.0)
         assert generation.next(timeout=10.0) is None  # says so to whoever waits for answers
         assert generation.next(timeout=0.1) is None and after.asked == []
         assert [control.url for control in servers.stale()] == [after.url]
@@ -168,7 +168,7 @@ def test_a_server_that_is_resumed_without_the_others_leaves_them_stale(stub: Any
     one, other, jobs = stub(), stub(), make_jobs(10)
     servers = make_fleet(one, other)
     first = servers.running()[:1]
-    servers.pause(first, abort=True)
+    servers.pause(first, abort=True).result()
     servers.on_each(first, lambda control: control.finish_weight_update("1"))
     servers.resume(first, "1")
     assert [control.url for control in servers.stale()] == [other.url]
@@ -214,7 +214,7 @@ def test_a_request_that_a_pause_overtakes_does_not_hold_it_up(stub: Any, make_fl
     one.hold = lambda _: True
     generation = servers.generate(jobs)
     wait_for(lambda: one.in_flight == 3)
-    assert servers.pause(servers.running(), abort=True) == {}
+    assert servers.pause(servers.running(), abort=True).result() == {}
     assert one.in_flight == 0
     one.release()
     one.late = lambda _: False
@@ -228,13 +228,11 @@ def test_a_pause_that_does_not_abort_waits_for_what_runs(stub: Any, make_fleet: 
     servers = make_fleet(one)
     generation = servers.generate(jobs)
     wait_for(lambda: one.in_flight == 4)
-    pausing = threading.Thread(target=servers.pause, args=(servers.running(),), kwargs={"abort": False})
-    pausing.start()
+    pausing = servers.pause(servers.running(), abort=False)
     wait_for(lambda: servers.replicas[0].state is State.PAUSED)
-    assert pausing.is_alive() and one.calls == []
+    assert not pausing.done() and one.calls == []
     one.release()
-    pausing.join(10.0)
-    assert not pausing.is_alive() and one.calls == ["/pause?mode=wait&clear_cache=true"]
+    assert pausing.result(10.0) == {} and one.calls == ["/pause?mode=wait&clear_cache=true"]
     came = [generation.next(timeout=10.0) for _ in range(4)]
     assert None not in came and generation.next(timeout=0.1) is None and len(one.asked) == 4
     servers.resume(servers.running(), None)
@@ -245,7 +243,7 @@ def test_what_goes_wrong_with_a_server_is_said_by_its_address(stub: Any, make_fl
     one, other = stub(), stub()
     servers = make_fleet(one, other)
     other.control_status = 400
-    troubles = servers.pause(servers.running(), abort=True)
+    troubles = servers.pause(servers.running(), abort=True).result()
     assert list(troubles) == [other.url] and isinstance(troubles[other.url], Refused)
     troubles = servers.on_each(servers.running(), ServerControl.sleep)
     assert list(troubles) == [other.url] and "/sleep?level=2 refused" in str(troubles[other.url])
@@ -254,7 +252,7 @@ def test_what_goes_wrong_with_a_server_is_said_by_its_address(stub: Any, make_fl
 def test_a_server_that_does_not_resume_is_given_up(stub: Any, make_fleet: Any) -> None:
     one, other, jobs = stub(), stub(), make_jobs(10)
     servers = make_fleet(one, other, max_restarts=0)
-    servers.pause(servers.running(), abort=True)
+    servers.pause(servers.running(), abort=True).result()
     other.control_status = 500
     servers.resume(servers.running(), None)
     assert_right(answers(servers.generate(jobs)), jobs)
@@ -268,7 +266,7 @@ def test_a_server_that_is_being_started_again_is_not_paused_or_given_up_once_mor
     known = servers.running()
     gone.stop()
     wait_for(lambda: servers.replicas[0].state is State.DOWN)
-    troubles = servers.pause(known, abort=True)
+    troubles = servers.pause(known, abort=True).result()
     assert list(troubles) == [gone.url] and isinstance(troubles[gone.url], Unreachable)
     servers.give_up(known, "a test")
     servers.resume(known, None)

@@ -92,7 +92,7 @@ def transfer(
     def make() -> tuple[Any, dict[str, Tensor]]:
         model = build_parallel_model(architecture, config, one_rank_platform, log_z=True)
         load_weights(model, open_source(config, architecture))
-        return VllmEngineTransfer(WeightStream(model), "nccl"), sent
+        return VllmEngineTransfer(WeightStream(model), "nccl", timeout=60), sent
 
     return make
 

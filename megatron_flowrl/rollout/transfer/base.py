@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -14,7 +16,7 @@ from megatron.core import parallel_state
 
 from megatron_flowrl.checkpoint.stream import WeightStream
 from megatron_flowrl.rollout.control import ServerControl
-from megatron_flowrl.rollout.errors import ReplyError, ServerError
+from megatron_flowrl.rollout.errors import ReplyError
 
 _T = TypeVar("_T")
 Troubles = dict[str, ReplyError]
@@ -22,12 +24,11 @@ Troubles = dict[str, ReplyError]
 
 @dataclass
 class TransferTimes:
-    """Seconds on this rank: taking weights out of the shards (gather), into the medium (copy), and servers' (load).
+    """Seconds on this rank: into the medium (copy), and what the servers take from its end (load).
 
-    Where two of them run at once, the later one counts from the end of the earlier one.
+    `shm` and `gloo` gather nothing. What another back end gathers, and what servers load meanwhile, is in the copy.
     """
 
-    gather: float = 0.0
     copy: float = 0.0
     load: float = 0.0
 
@@ -92,4 +93,11 @@ def shared(value: _T) -> _T:
     return holder[0]
 
 
-__all__ = ["ServerError", "TransferTimes", "Troubles", "WeightTransfer", "is_sender", "merged", "shared"]
+def as_reply_error(error: BaseException) -> ReplyError:
+    """What went wrong with a server, whatever it was: it must not be raised half-way."""
+    return error if isinstance(error, ReplyError) else ReplyError(repr(error))
+
+
+def machine() -> str:
+    """The same for processes that see one another in /proc."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")

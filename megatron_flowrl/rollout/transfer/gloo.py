@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -25,9 +24,18 @@ from megatron_flowrl.checkpoint.slices import Slice
 from megatron_flowrl.checkpoint.stream import WeightStream
 from megatron_flowrl.rollout.control import ServerControl, on_each
 from megatron_flowrl.rollout.errors import ReplyError, Unreachable
-from megatron_flowrl.rollout.transfer.base import Troubles, WeightTransfer, is_sender, merged, shared
+from megatron_flowrl.rollout.transfer.base import (
+    Troubles,
+    WeightTransfer,
+    as_reply_error,
+    is_sender,
+    machine,
+    merged,
+    shared,
+)
 from megatron_flowrl.rollout.transfer.wire import (
     IN_FLIGHT,
+    MEETING_SECONDS,
     Message,
     TensorEntry,
     address_towards,
@@ -78,18 +86,20 @@ class GlooTransfer(WeightTransfer):
 
     def __init__(self, stream: WeightStream, *, timeout: float, bucket_bytes: int = BUCKET_BYTES) -> None:
         super().__init__(stream)
-        self._timeout = timedelta(seconds=timeout)
+        # Half of what the servers' replies may take: one that takes nothing must not let the others run out of time.
+        self._timeout = timedelta(seconds=timeout / 2)
         tensors = [TensorEntry(info.name, info.dtype, info.shape) for info in stream.metadata()]
         self._buckets = cut_into_buckets(tensors, bucket_bytes)
         pieces = [piece for piece, _ in stream.own_pieces()]
         everywhere: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, pieces if is_sender() else None)
-        self._pieces: list[list[Slice]] = [one for one in everywhere if one is not None]
+        dist.all_gather_object(everywhere, (pieces, machine()) if is_sender() else None)
+        self._pieces: list[list[Slice]] = [one[0] for one in everywhere if one is not None]
+        self._one_machine = len({one[1] for one in everywhere if one is not None}) == 1
         senders = [rank for rank, one in enumerate(everywhere) if one is not None]
         self._rank = senders.index(dist.get_rank()) if is_sender() else None
         self._messages = messages(self._buckets, pieces if is_sender() else [])
         self._links: dict[str, _Link] = {}
-        self._stores: list[Any] = []
+        self._stores: dict[str, Any] = {}  # on rank 0: the meeting places
         self._buffers: deque[Tensor] = deque()
         self._buffer_bytes = max((m.nbytes for m in self._messages if len(m.pieces) > 1), default=0)
 
@@ -104,10 +114,8 @@ class GlooTransfer(WeightTransfer):
             except (RuntimeError, OSError) as error:
                 troubles[invitation.url] = Unreachable(f"{invitation.url} could not be met over gloo: {error}")
         for url, answer in answers.items():
-            try:
-                answer.result()
-            except ReplyError as error:
-                troubles[url] = error
+            if (refusal := answer.exception()) is not None:
+                troubles[url] = as_reply_error(refusal)
         return merged(troubles)
 
     def send(self, servers: Sequence[ServerControl], version: str) -> Troubles:
@@ -148,11 +156,13 @@ class GlooTransfer(WeightTransfer):
                 workers = server.http.run(server.world_size())
                 host = urlsplit(server.url)
                 address = address_towards(host.hostname or "", host.port or 80)
+                if address.startswith("127.") and not self._one_machine:
+                    raise OSError("the trainer's other machines do not reach a loopback address; set rollout.host")
                 store = TCPStore(address, 0, None, True, wait_for_workers=False, timeout=self._timeout)
             except (ReplyError, RuntimeError, OSError) as error:
                 troubles[server.url] = error if isinstance(error, ReplyError) else Unreachable(f"{server.url}: {error}")
                 continue
-            self._stores.append(store)
+            self._stores[server.url] = store
             invitations.append(_Invitation(server.url, address, store.port, workers))
             info = {
                 "address": address,
@@ -160,6 +170,7 @@ class GlooTransfer(WeightTransfer):
                 "senders": len(self._pieces),
                 "workers": workers,
                 "timeout": self._timeout.total_seconds(),
+                "meeting": MEETING_SECONDS * len(servers),  # they are met one after the other
                 "tensors": [tensor.to_wire() for bucket in self._buckets for tensor in bucket],
                 "bucket_sizes": [len(bucket) for bucket in self._buckets],
                 "pieces": [[[p.name, p.dim, p.start, p.stop] for p in pieces] for pieces in self._pieces],
@@ -216,14 +227,9 @@ class GlooTransfer(WeightTransfer):
 
     def _drop(self, url: str) -> None:
         self._links.pop(url, None)
+        self._stores.pop(url, None)
 
 
 def _failures(loading: dict[str, Future[None]]) -> Troubles:
-    troubles: Troubles = {}
-    for url, future in loading.items():
-        with suppress(ReplyError):
-            future.result()
-        error = future.exception()
-        if isinstance(error, ReplyError):
-            troubles[url] = error
-    return troubles
+    found = {url: future.exception() for url, future in loading.items()}
+    return {url: as_reply_error(error) for url, error in found.items() if error is not None}

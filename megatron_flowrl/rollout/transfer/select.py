@@ -24,4 +24,4 @@ def make_transfer(backend: str, config: Config, stream: WeightStream, companions
         case _:
             from megatron_flowrl.rollout.transfer.vllm_engines import VllmEngineTransfer  # imports vLLM
 
-            return VllmEngineTransfer(stream, backend)
+            return VllmEngineTransfer(stream, backend, timeout=config.rollout.transfer_timeout_seconds)

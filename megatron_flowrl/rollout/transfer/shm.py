@@ -12,7 +12,6 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,7 @@ from megatron_flowrl.checkpoint.stream import WeightStream
 from megatron_flowrl.config import UserError
 from megatron_flowrl.platform.distributed import together
 from megatron_flowrl.rollout.control import ServerControl, on_each
-from megatron_flowrl.rollout.transfer.base import Troubles, WeightTransfer, is_sender, shared
+from megatron_flowrl.rollout.transfer.base import Troubles, WeightTransfer, is_sender, machine, shared
 from megatron_flowrl.rollout.transfer.wire import lay_out, total_bytes
 
 
@@ -36,13 +35,13 @@ class ShmTransfer(WeightTransfer):
         with together():
             if dist.get_rank() == 0:
                 self._handle = _reserve(self._size)
-        self._path, place = shared((f"/proc/{os.getpid()}/fd/{self._handle}", _machine()))
+        self._path, place = shared((f"/proc/{os.getpid()}/fd/{self._handle}", machine()))
         with together():
             if is_sender():
                 self._map(place)
 
     def _map(self, place: str) -> None:
-        if _machine() != place:
+        if machine() != place:
             raise UserError(
                 f"rollout.transfer = shm: rank {dist.get_rank()} on {socket.gethostname()} does not share memory with "
                 "rank 0; it is for ranks of one machine (and container): set rollout.transfer=gloo"
@@ -102,11 +101,6 @@ def _reserve(nbytes: int) -> int:
             f"({error.strerror}); free some, or set rollout.transfer=gloo or disk"
         ) from error
     return handle
-
-
-def _machine() -> str:
-    """The same for processes that see one another in /proc."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
 
 
 @contextmanager

@@ -8,7 +8,9 @@ from __future__ import annotations
 import base64
 import pickle
 import socket
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,6 +25,7 @@ from vllm.distributed.weight_transfer import (
 from vllm.distributed.weight_transfer.base import TrainerInitInfo
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_BUFFER_SIZE_BYTES
 
 from megatron_flowrl.checkpoint.stream import WeightStream
 from megatron_flowrl.rollout.control import ServerControl, on_each
@@ -62,11 +65,12 @@ class MegatronWeightSource(WeightSource):
 class FleetClient:
     """vLLM's VLLMWeightSyncClient over several servers: what the one sender says goes to all, at once.
 
-    Ranks in a common group are shifted server by server. What a server does wrong is kept, and raised.
+    Ranks in a common group are shifted server by server. What a server does wrong is kept in `troubles`, and raised;
+    with `raises` false, the server is told nothing more instead.
     """
 
-    def __init__(self, servers: Sequence[ServerControl], version: str = "") -> None:
-        self._servers, self.version = list(servers), version
+    def __init__(self, servers: Sequence[ServerControl], version: str = "", *, raises: bool = True) -> None:
+        self._servers, self.version, self._raises = list(servers), version, raises
         self.troubles: Troubles = {}
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -98,18 +102,19 @@ class FleetClient:
         self._on_each(lambda server: server.finish_weight_update(weight_version or self.version))
 
     def _on_each(self, action: Any) -> None:
-        if self._servers:
-            self.troubles |= self._servers[0].http.run(on_each(self._servers, action))
-        if self.troubles:
+        servers = [server for server in self._servers if server.url not in self.troubles]
+        if servers:
+            self.troubles |= servers[0].http.run(on_each(servers, action))
+        if self.troubles and self._raises:
             raise next(iter(self.troubles.values()))
 
 
 class VllmEngineTransfer(WeightTransfer):
     """vLLM's engine `backend`. One group for all servers: when one fails, all are in an unknown state."""
 
-    def __init__(self, stream: WeightStream, backend: str) -> None:
+    def __init__(self, stream: WeightStream, backend: str, *, timeout: float) -> None:
         super().__init__(stream)
-        self._backend = backend
+        self._backend, self._timeout = backend, timeout
         self._source = MegatronWeightSource(stream)
         # With `ipc` every GPU's worker takes the copy of the trainer's rank on that GPU; else one replica sends.
         self._takes_part = backend == "ipc" or is_sender()
@@ -130,7 +135,8 @@ class VllmEngineTransfer(WeightTransfer):
                 self._meet(servers)
                 self._client.version = version
                 if self._takes_part and self._engine is not None:
-                    self._engine.send_weights()
+                    with self._bounded(self._engine):
+                        self._engine.send_weights()
             except Exception as error:  # whatever it is, the other ranks and the next attempt need this one
                 if self._takes_part:
                     self._source.drain()
@@ -138,10 +144,21 @@ class VllmEngineTransfer(WeightTransfer):
                             for server in servers}  # fmt: skip
                 troubles = everyone | self._client.troubles
         self.version = version
-        troubles = merged(troubles)
+        troubles = merged(troubles | self._client.troubles)
         if troubles:
             self.close()
         return troubles
+
+    @contextmanager
+    def _bounded(self, engine: Any) -> Iterator[None]:
+        """NCCL waits for ever for a peer that is gone: abort its communicator, which ends the wait with an error."""
+        group = getattr(engine, "model_update_group", None)
+        timer = threading.Timer(self._timeout, group.destroy if group is not None else lambda: None)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def close(self) -> None:
         """See WeightTransfer."""
@@ -154,7 +171,10 @@ class VllmEngineTransfer(WeightTransfer):
         if urls == self._met:
             return
         self.close()
-        self._client = FleetClient(servers)
+        if not urls:
+            return
+        # With `ipc` the ranks meet for every chunk: what a server does wrong must not take rank 0 out of that.
+        self._client = FleetClient(servers, raises=self._backend != "ipc")
         info = self._init_info(servers)
         if self._takes_part:
             self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=self._source)
@@ -163,7 +183,9 @@ class VllmEngineTransfer(WeightTransfer):
     def _init_info(self, servers: Sequence[ServerControl]) -> TrainerInitInfo:
         rank = dist.get_rank()
         if self._backend == "ipc":
-            return IPCTrainerInitInfo(rank=rank, packed=True)  # packed: bounded memory
+            largest = max(info.nbytes for info in self.stream.metadata())
+            buffer = max(DEFAULT_PACKED_BUFFER_SIZE_BYTES, largest)
+            return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=buffer)  # bounded memory
         address, port, workers = "", 0, 0
         if rank == 0:
             host = urlsplit(servers[0].url)

@@ -150,12 +150,14 @@ def address_towards(host: str, port: int) -> str:
     return found
 
 
-def join(address: str, port: int, rank: int, size: int) -> Any:
-    """A gloo group of its own, apart from any that the process is in. Raises RuntimeError where the others do not come.
+def join(address: str, port: int, rank: int, size: int, seconds: float = MEETING_SECONDS) -> Any:
+    """A gloo group of its own, apart from any that the process is in.
+
+    Raises RuntimeError where the others do not come within `seconds`.
 
     An explicit store: what torchrun put into the environment is for the trainer's own group.
     """
-    meeting = timedelta(seconds=MEETING_SECONDS)
+    meeting = timedelta(seconds=seconds)
     store = TCPStore(address, port, None, False, wait_for_workers=False, timeout=meeting)
     options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [ProcessGroupGloo.create_device(hostname=address_towards(address, port))]

@@ -35,13 +35,18 @@ from megatron_flowrl.rollout.transfer.wire import IN_FLIGHT, Message, TensorEntr
 class _CheckpointEngine(WeightTransferEngine[Any, Any]):
     """Takes whole Hugging Face tensors, in any order, between a start and a finish."""
 
+    _torn = False  # started and not finished
+
     def start_weight_update(self) -> None:
-        self._loaded: set[str] = set()
+        if self._torn:  # what a broken update has left in the layers would be taken for a part of this one
+            finalize_layerwise_reload(self.model, self.model_config)
+        self._loaded, self._torn = set[str](), True
         initialize_layerwise_reload(self.model)
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
         self._renew_tied()
+        self._torn = False
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.receive_weights(self.parse_update_info(update_info))
@@ -142,6 +147,8 @@ class ShmWeightTransferEngine(_CheckpointEngine):
         self._tensors = tuple((entry.name, entry.view(whole)) for entry in entries)
 
     def receive_weights(self, update_info: ShmUpdateInfo) -> None:
+        if self._memory is None:
+            raise RuntimeError("update_weights before init_weight_transfer_engine")
         self.load(self._tensors)
 
     def shutdown(self) -> None:
@@ -158,6 +165,7 @@ class GlooInitInfo(WeightTransferInitInfo):
     senders: int
     workers: int
     timeout: float
+    meeting: float
     tensors: list[list[Any]]
     bucket_sizes: list[int]
     pieces: list[list[list[Any]]]
@@ -187,8 +195,9 @@ class GlooWeightTransferEngine(_CheckpointEngine):
         self.shutdown()
         rank = init_info.senders + self.parallel_config.data_parallel_index * self.parallel_config.world_size
         rank += self.parallel_config.rank
+        size = init_info.senders + init_info.workers
         with _on_all_cores():
-            self._group = join(init_info.address, init_info.port, rank, init_info.senders + init_info.workers)
+            self._group = join(init_info.address, init_info.port, rank, size, init_info.meeting)
         self._timeout = timedelta(seconds=init_info.timeout)
         tensors = iter([TensorEntry.from_wire(row) for row in init_info.tensors])
         self._buckets = [list(islice(tensors, size)) for size in init_info.bucket_sizes]
