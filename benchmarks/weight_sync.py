@@ -4,11 +4,11 @@
 
 Random Qwen2 models in bf16, the trainer on one rank and tensor-parallel on two (one thread each), through `shm` and
 `gloo`; one server of one worker. Of 7 syncs the first, which also meets the server, is given apart; of the others
-median and best. The parts are those of rank 0: into the medium (gather + copy), and in the servers (load), which with
-gloo runs beside the copy and counts from its end.
+median and best. The parts are those of rank 0: into the medium (copy; nothing is gathered), and in the servers (load),
+which with gloo runs beside the copy and counts from its end.
 
 The yardstick, measured after each sync: one copy of all bytes by rank 0 into memory that was written before, with one
-thread and with as many as there are cores. `copy share` is its time (one thread) over that of gather + copy: 1 would
+thread and with as many as there are cores. `copy share` is its time (one thread) over that of the copy: 1 would
 be as fast as a plain copy; above 1, the ranks share the copying. About 8 minutes, 3 GB of disk in TMPDIR.
 """
 
@@ -139,13 +139,13 @@ def run_worker(folder: Path, ranks: int, backend: str, timeout: float) -> dict:
 def summary(measured: dict) -> dict[str, object]:
     """Of a worker's measurements: the first sync, median and best of the others, and how they compare with copies."""
     first, *others = measured["syncs"]
-    parts = ("total", "gather", "copy", "load")
+    parts = ("total", "copy", "load")
     median = {part: statistics.median(sync[part] for sync in others) for part in parts}
     best = min(others, key=lambda sync: sync["total"])
     # The first copy into new memory is not counted: Yardstick writes it once, and the first measurement again.
     one, many = (statistics.median(seconds[1:]) for _, seconds in measured["copies"])
-    moved = statistics.median(sync["gather"] + sync["copy"] for sync in others)
-    least = min(sync["gather"] + sync["copy"] for sync in others)
+    moved = statistics.median(sync["copy"] for sync in others)
+    least = min(sync["copy"] for sync in others)
     fastest = min(measured["copies"][0][1][1:])
     return {
         "bytes": measured["bytes"],
@@ -191,13 +191,13 @@ def main() -> None:
 def print_row(run: dict, *, header: bool) -> None:
     if header:
         print(
-            "   MB  TP  back end   first  median    best  gather    copy    load    GB/s  memory copy (1, all)  share",
+            "   MB  TP  back end   first  median    best    copy    load    GB/s  memory copy (1, all)  share",
             file=sys.stderr,
         )
     median, copies = run["median"], run["memory_copy_seconds"]
     print(
         f"{run['bytes'] / 1e6:>5.0f} {run['tp']:>3}  {run['backend']:<8} {run['first']['total']:>7.3f} "
-        f"{median['total']:>7.3f} {run['best']['total']:>7.3f} {median['gather']:>7.3f} {median['copy']:>7.3f} "
+        f"{median['total']:>7.3f} {run['best']['total']:>7.3f} {median['copy']:>7.3f} "
         f"{median['load']:>7.3f} {run['bytes_per_second'] / 1e9:>7.2f} "
         f"{copies['one_thread']:>10.4f} {copies['all_cores']:>10.4f} {run['copy_share']:>6.2f}",
         file=sys.stderr,
