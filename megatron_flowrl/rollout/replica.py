@@ -86,7 +86,7 @@ class Replica:
 
     def describe_end(self) -> str:
         """What its log says at the end, where it is ours."""
-        return "" if self.process is None else f"; the end of {self.process.log}:\n{self.process.tail()}"
+        return "" if self.process is None else self.process.last_words()
 
     def _control(self, url: str) -> ServerControl:
         return ServerControl(self._http, url, timeout=self._control_timeout)

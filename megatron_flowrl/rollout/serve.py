@@ -126,7 +126,7 @@ def _start_again(server: VllmServer, left: dict[str, int], stop: threading.Event
     if not left[server.url]:
         raise server.failure("ended by itself")
     left[server.url] -= 1
-    logger.warning("%s ended by itself and is started again; the end of %s:\n%s", server.url, server.log, server.tail())
+    logger.warning("%s ended by itself and is started again%s", server.url, server.last_words())
     server.stop()
     try:
         server.start_again(same_port=True)

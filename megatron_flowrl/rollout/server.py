@@ -10,6 +10,7 @@ import http.client
 import importlib.util
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -32,6 +33,9 @@ _TAIL_BYTES = 6000
 # torchrun's, which vLLM would take for its own, and the trainer's number of threads.
 _NOT_FOR_SERVERS = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
 _NOT_FOR_SERVERS_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+_MOST_LOG_BYTES = 2**22
+# Behind the process and the place that vLLM puts in front.
+_ERROR_LINE = re.compile(r"(?:\([^)]*\) )?(?:ERROR [^\]]*\] )?((?:[\w.]+\.)?\w*(?:Error|Exception): .+)")
 _POLL_SECONDS = 0.2
 _DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # past any http_proxy of the environment
 _QUEUE_BYTES = 2**26  # a worker's queues with the engine in /dev/shm
@@ -61,7 +65,7 @@ class VllmServer:
         self.settings, self.model, self.log = settings, model, log
         self.port = free_port(settings.host) if port is None else port
         self._any_port = port is None
-        self._seed, self._starts = seed, 0
+        self._seed, self._starts, self._log_begins = seed, 0, 0
         self._transfer, self._resources = transfer, dict(resources or {})
         self._random_weights = random_weights
         self._guard: subprocess.Popen[bytes] | None = None
@@ -82,6 +86,7 @@ class VllmServer:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         guard = [sys.executable, "-m", "megatron_flowrl.rollout.guard", str(GRACE_SECONDS), *self.command()]
         self._starts += 1
+        self._log_begins = self.log.stat().st_size if self._starts > 1 and self.log.exists() else 0
         with self.log.open("wb" if self._starts == 1 else "ab") as output:
             self._guard = subprocess.Popen(
                 guard,
@@ -174,10 +179,24 @@ class VllmServer:
             self._guard.wait()
 
     def failure(self, what: str) -> ServerError:
-        """An error about this server that shows the end of its log."""
-        return ServerError(
-            f"vLLM server {self.url} for {str(self.model)!r} {what}; the end of {self.log}:\n{self.tail()}"
-        )
+        """An error about this server that shows the first error in its log, and the log's end."""
+        return ServerError(f"vLLM server {self.url} for {str(self.model)!r} {what}{self.last_words()}")
+
+    def last_words(self) -> str:
+        """What the log says: its end often only says that another process has failed, so the first error too."""
+        cause = self._first_error()
+        said = f" ({cause})" if cause is not None else ""
+        return f"{said}; the end of {self.log}:\n{self.tail()}"
+
+    def _first_error(self) -> str | None:
+        """The first error since the last start."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(self._log_begins)
+                lines = file.read(_MOST_LOG_BYTES).decode(errors="replace").splitlines()
+        except OSError:
+            return None
+        return next((match[1] for line in lines if (match := _ERROR_LINE.match(line))), None)
 
     def tail(self) -> str:
         """The end of the log."""

@@ -113,8 +113,21 @@ def test_the_end_of_the_log_says_why_a_server_did_not_start(fake: Any) -> None:
     with pytest.raises(ServerError) as caught:
         server.wait_until_ready()
     message = str(caught.value)
-    assert "ended before it was ready" in message and "ValueError: no such model" in message
+    assert "ended before it was ready (ValueError: no such model); the end of" in message
     assert server.url in message and str(server.model) in message and str(server.log) in message
+
+
+def test_the_first_error_is_said_though_others_follow(fake: Any) -> None:
+    """vLLM's log ends with what its front end makes of the failure of a worker."""
+    server = fake()
+    server.log.parent.mkdir()
+    root = "ValueError: Available memory is less than requested memory for kv (100000.0 GiB)."
+    server.log.write_text(
+        f"(Worker pid=2) ERROR 11-25 05:34:22 [multiproc_executor.py:1063] {root}\n"
+        + '(APIServer pid=1)   File "x.py", line 1\n' * 400
+        + "RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    assert f"ended ({root}); the end of" in str(server.failure("ended"))
 
 
 def test_a_server_that_is_never_ready_is_ended(fake: Any) -> None:
