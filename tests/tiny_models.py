@@ -53,6 +53,14 @@ def save_model(name: str, folder: Path) -> Path:
     return folder
 
 
+def save_model_for_vllm(folder: Path, *, tied: bool = True, seed: int = 3) -> Path:
+    """Write a Qwen2 with random weights that vLLM can serve on a CPU, where heads of 32 are the least it takes."""
+    config = Qwen2Config(**{**_SIZES, "hidden_size": 128, "intermediate_size": 160}, tie_word_embeddings=tied)
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
 def random_sequences(
     count: int, *, longest: int = 60, seed: int = 0, vocabulary: range = range(VOCABULARY)
 ) -> list[TokenSequence]:

@@ -116,7 +116,7 @@ class VllmServer:
             "--tensor-parallel-size", str(settings.tensor_parallel_size), "--dtype", settings.dtype,
             # Token ids in and out: no tokenizer. The log-probs are those of the distribution that is sampled from.
             "--skip-tokenizer-init", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
-            "--enable-scale-out", "--max-num-seqs", str(settings.max_num_seqs),
+            "--enable-scale-out", "--max-num-seqs", str(settings.max_num_seqs), "--disable-uvicorn-access-log",
             "--seed", str((self._seed + self._starts) % 2**31),
         ]  # fmt: skip
         if self._transfer is not None:

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
 
 from tests.distributed.ranks import run_module, run_worker
 from tests.end_to_end.test_export_in_vllm import processes_with
+from tests.tiny_models import save_model_for_vllm
 
 # A server takes half a minute to start, and several times that on a machine that others use.
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -34,21 +34,7 @@ SERVERS = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = Qwen2Config(
-        vocab_size=299,
-        hidden_size=128,
-        intermediate_size=160,
-        num_hidden_layers=4,
-        num_attention_heads=4,  # heads of 32: the least that vLLM's attention takes on a CPU
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.15,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(3)
-    folder = tmp_path_factory.mktemp("model")
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    return folder
+    return save_model_for_vllm(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

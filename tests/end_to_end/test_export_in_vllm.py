@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM
 
 from megatron_flowrl.config import RolloutConfig
 from megatron_flowrl.rollout.server import VllmServer
 from tests.distributed.ranks import run_worker
+from tests.tiny_models import save_model_for_vllm
 
 pytestmark = pytest.mark.distributed
 
@@ -48,20 +49,7 @@ def processes_with(argument: str) -> list[int]:
 
 
 def test_greedy_tokens_are_those_of_the_original(tmp_path: Path) -> None:
-    config = Qwen2Config(
-        vocab_size=299,
-        hidden_size=128,
-        intermediate_size=160,
-        num_hidden_layers=4,
-        num_attention_heads=4,  # heads of 32: the least that vLLM's attention takes on a CPU
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.15,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(3)
-    original = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    original.save_pretrained(tmp_path / "original")
+    original = AutoModelForCausalLM.from_pretrained(save_model_for_vllm(tmp_path / "original"), dtype=torch.float32)
     layout = {"parallel.tensor_model_parallel_size": 2, "parallel.pipeline_model_parallel_size": 2}
     there = {"kind": "import", "source": str(tmp_path / "original"), "target": str(tmp_path / "run")}
     back = {"kind": "export", "source": str(tmp_path / "run"), "target": str(tmp_path / "exported")}

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from tests.distributed.layouts import parallel
 from tests.distributed.ranks import run_worker
 from tests.end_to_end.test_export_in_vllm import processes_with
-from tests.end_to_end.test_weight_sync import save_weights
 from tests.end_to_end.trainer import COUNT
+from tests.tiny_models import save_model_for_vllm
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -43,7 +43,7 @@ def expected_of(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
     ],
 )
 def test_right_answers_and_nothing_left(case: str, ranks: int, settings: dict[str, Any], tmp_path: Path) -> None:
-    weights = {name: save_weights(tmp_path / name, tied=True, seed=seed) for seed, name in enumerate("AB")}
+    weights = {name: save_model_for_vllm(tmp_path / name, tied=True, seed=seed) for seed, name in enumerate("AB")}
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(299, (length,), generator=generator).tolist() for length in (3, 40, 150)]
     job = {

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
 
 from megatron_flowrl.config import RolloutConfig
 from megatron_flowrl.rollout.server import VllmServer
 from tests.distributed.layouts import parallel
 from tests.distributed.ranks import run_worker
 from tests.end_to_end.test_export_in_vllm import greedy
+from tests.tiny_models import save_model_for_vllm
 
 pytestmark = pytest.mark.distributed
 
@@ -48,23 +48,6 @@ class Kind:
     expected: dict[str, list[list[int]]]
 
 
-def save_weights(folder: Path, *, tied: bool, seed: int) -> Path:
-    config = Qwen2Config(
-        vocab_size=299,
-        hidden_size=128,
-        intermediate_size=160,
-        num_hidden_layers=4,
-        num_attention_heads=4,  # heads of 32: the least that vLLM's attention takes on a CPU
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.15,
-        tie_word_embeddings=tied,
-    )
-    torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    return folder
-
-
 def export(source: Path, folder: Path) -> Path:
     """`source`, imported and exported again under TP2 x PP2."""
     jobs = folder.parent / f"{folder.name}.json"
@@ -86,7 +69,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Kind]]
         fresh: dict[str, VllmServer] = {}
         for transfer, tied in (("shm", True), ("gloo", False)):
             folder = tmp_path_factory.mktemp(transfer)
-            folders = {name: save_weights(folder / name, tied=tied, seed=seed) for seed, name in enumerate("AB")}
+            folders = {name: save_model_for_vllm(folder / name, tied=tied, seed=seed) for seed, name in enumerate("AB")}
             server = VllmServer(SETTINGS, folders["A"], folder / "server.log", transfer=transfer)
             found[transfer] = Kind(folders, stack.enter_context(server), prompts, {})
             exported = export(folders["B"], folder / "exported")

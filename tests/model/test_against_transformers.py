@@ -128,10 +128,16 @@ def test_log_probs_and_entropies_equal_transformers(
 ) -> None:
     sequences = ragged_sequences(500, seed=len(name))
     expected, expected_entropy = transformers_scores(folders[name], sequences)
+    exact, exact_entropy = transformers_scores(folders[name], sequences, dtype=torch.float64)
     scored = load_scorer(folders[name], one_rank_platform).score(sequences, entropy=True)
     assert scored.entropy is not None
-    assert largest(scored.log_probs - expected) <= 1e-5
-    assert largest(scored.entropy - expected_entropy) <= 1e-5
+    for ours, theirs, in_float64 in (
+        (scored.log_probs, expected, exact),
+        (scored.entropy, expected_entropy, exact_entropy),
+    ):
+        # Where transformers' own rounding is more than that (Mistral: 2e-5, which processor it is decides), by it.
+        assert largest(ours - theirs) <= max(1e-5, largest(theirs - in_float64))
+        assert mean(ours - theirs) <= 1e-6
     for index, sequence in enumerate(sequences):
         assert len(scored.of_sequence(index)[0]) == len(sequence.response)
 
