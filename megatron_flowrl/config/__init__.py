@@ -7,6 +7,15 @@ from .checks import check_config, data_parallel_size
 from .errors import SharedUserError, UserError
 from .help import format_help
 from .load import given_keys, load_config, to_dict, to_yaml
+from .objectives import (
+    CriticConfig,
+    FlowRLConfig,
+    LogZConfig,
+    ObjectiveConfig,
+    PolicyGradientConfig,
+    SamplerCorrectionConfig,
+)
+from .presets import METHODS, PRESETS
 from .schema import (
     CheckpointConfig,
     Config,
@@ -25,20 +34,28 @@ from .schema import (
 )
 
 __all__ = [
+    "METHODS",
+    "PRESETS",
     "CheckpointConfig",
     "Config",
+    "CriticConfig",
     "DataConfig",
     "DistributedDataParallelConfig",
+    "FlowRLConfig",
     "GenerationConfig",
     "LogProbConfig",
+    "LogZConfig",
     "LoggingConfig",
     "ModelConfig",
+    "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PolicyGradientConfig",
     "PrecisionConfig",
     "RecomputeConfig",
     "ReferenceConfig",
     "RolloutConfig",
+    "SamplerCorrectionConfig",
     "SharedUserError",
     "UserError",
     "check_config",

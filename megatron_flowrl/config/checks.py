@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from .errors import UserError
 from .keys import KEYS, show
+from .presets import METHODS, PRESETS
 from .schema import Config, ParallelConfig
 
 
@@ -28,6 +29,10 @@ def check_config(config: Config) -> None:
         _checkpoint,
         _reference,
         _rollout,
+        _objective,
+        _log_z,
+        _policy_gradient,
+        _sampler_correction,
     )
     problems = [problem for rule in rules for problem in rule(config)]
     if problems:
@@ -207,6 +212,90 @@ def _rollout(config: Config) -> Iterator[str]:
             yield f"generation.urls: {url!r} is not an address such as http://127.0.0.1:8000"
     if len({url.rstrip("/") for url in config.generation.urls}) < len(config.generation.urls):
         yield f"generation.urls names a server twice: {', '.join(config.generation.urls)}; keep one"
+
+
+def _objective(config: Config) -> Iterator[str]:
+    objective, flowrl = config.objective, config.flowrl
+    if objective.name not in METHODS and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", objective.name):
+        yield (
+            f"objective.name = {show(objective.name)} is none of {', '.join(METHODS)}, nor a dotted path such as "
+            "package.module.factory"
+        )
+    limit = config.generation.max_tokens
+    if objective.overlong_buffer is not None and objective.overlong_buffer > limit:
+        yield (
+            f"objective.overlong_buffer = {objective.overlong_buffer} is above generation.max_tokens = {limit}: "
+            "it is the end of the longest answer; lower it"
+        )
+    if flowrl.length_normalization != "residual":
+        yield from _idle(
+            config, _read_only_with("flowrl.length_normalization", "residual", config), "flowrl.length_exponent"
+        )
+    if flowrl.importance_clip != "max":
+        yield from _idle(config, _read_only_with("flowrl.importance_clip", "max", config), "flowrl.importance_max")
+    if flowrl.importance_clip != "two_sided":
+        yield from _idle(
+            config,
+            _read_only_with("flowrl.importance_clip", "two_sided", config),
+            "flowrl.importance_clip_low",
+            "flowrl.importance_clip_high",
+        )
+
+
+def _log_z(config: Config) -> Iterator[str]:
+    if config.flowrl.log_z != "mlp":
+        yield from _idle(
+            config,
+            _read_only_with("flowrl.log_z", "mlp", config),
+            *(f"log_z.{name}" for name in ("lr", "weight_decay", "detach")),
+        )
+
+
+def _policy_gradient(config: Config) -> Iterator[str]:
+    settings, name = config.policy_gradient, config.objective.name
+    if name == "flowrl":
+        yield from _idle(
+            config,
+            "has no effect with objective.name=flowrl; name the method it is for",
+            *(key for key in KEYS if key.startswith("policy_gradient.")),
+        )
+        return
+    if name in METHODS and name != "gflownet_ppo":
+        preset = PRESETS[config.objective.preset]
+        changed = (k for k in KEYS if k.startswith("flowrl.") and _value(config, k) != preset.get(k, KEYS[k].default))
+        for key in changed:
+            yield f"{key} = {show(_value(config, key))} has no effect with objective.name={name}; leave it out"
+        if name != "gflownet_ppo":
+            yield from _idle(config, "is for objective.name=gflownet_ppo; name that", "policy_gradient.balance_coef")
+    if settings.advantage not in ("reinforce_plus_plus", "gae"):
+        reason = (
+            "is read only with policy_gradient.advantage=reinforce_plus_plus or gae, which is "
+            f"{settings.advantage}; change that"
+        )
+        yield from _idle(config, reason, "policy_gradient.kl_in_reward", "policy_gradient.discount")
+    if settings.advantage != "gae":
+        reason = _read_only_with("policy_gradient.advantage", "gae", config)
+        critic = (key for key in KEYS if key.startswith("critic."))
+        yield from _idle(config, reason, "policy_gradient.gae_lambda", *critic)
+
+
+def _sampler_correction(config: Config) -> Iterator[str]:
+    settings = config.sampler_correction
+    if settings.level is None:
+        yield from _idle(
+            config,
+            "has no effect while sampler_correction.level is null; set that to token or sequence",
+            *(f"sampler_correction.{name}" for name in ("mode", "maximum", "minimum")),
+        )
+        return
+    if settings.mode != "mask":
+        reason = _read_only_with("sampler_correction.mode", "mask", config)
+        yield from _idle(config, reason, "sampler_correction.minimum")
+    if settings.minimum >= settings.maximum:
+        yield (
+            f"sampler_correction.minimum = {settings.minimum} must be below sampler_correction.maximum = "
+            f"{settings.maximum}"
+        )
 
 
 def _recompute(config: Config) -> Iterator[str]:

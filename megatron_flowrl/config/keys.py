@@ -8,7 +8,8 @@ from typing import Any, TypeGuard, get_type_hints
 
 from pydantic import TypeAdapter
 
-from .schema import STRICT, Config
+from .schema import Config
+from .strict import STRICT
 
 
 @dataclasses.dataclass(frozen=True)

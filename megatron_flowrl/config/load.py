@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from .errors import UserError
 from .keys import KEYS, SECTIONS, nearest_key
+from .presets import defaults_of
 from .recipe import Setting, dump_yaml, read_overrides, read_recipe
 from .schema import Config
 
@@ -23,6 +24,8 @@ def load_config(
     command: str = "this command",
 ) -> Config:
     """The defaults, changed by the YAML file `recipe`, then by `overrides` such as `optimizer.lr=1e-6`.
+
+    `objective.preset` and `objective.name` set the defaults of some (presets.py).
 
     `sections` are the top-level names that `command` reads (`seed` is one of them). An override elsewhere
     would do nothing and is refused; a recipe may serve several commands and hold them all.
@@ -49,6 +52,8 @@ def load_config(
     if problems:
         raise UserError(*problems)
     values |= {key: value for key, (value, _) in given.items()}
+    chosen = [values.get(key, KEYS[key].default) for key in ("objective.preset", "objective.name")]
+    values = {**defaults_of(*chosen), **values}
     config: Config = _build(Config, values)
     return config
 

@@ -6,11 +6,18 @@ it has the setting; where a default differs, the comment above it says why.
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict
 from pydantic.dataclasses import dataclass
 
-# Strict: 1 is not true, 2.0 is not 2, "3" is not 3. An int is still welcome where a float is meant.
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+from .objectives import (
+    CriticConfig,
+    FlowRLConfig,
+    LogZConfig,
+    ObjectiveConfig,
+    PolicyGradientConfig,
+    SamplerCorrectionConfig,
+)
+from .strict import STRICT
 
 RecomputeModule = Literal["core_attn", "mlp"]
 
@@ -347,6 +354,12 @@ class Config:
     precision: PrecisionConfig = PrecisionConfig()
     recompute: RecomputeConfig = RecomputeConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    flowrl: FlowRLConfig = FlowRLConfig()
+    log_z: LogZConfig = LogZConfig()
+    policy_gradient: PolicyGradientConfig = PolicyGradientConfig()
+    critic: CriticConfig = CriticConfig()
+    sampler_correction: SamplerCorrectionConfig = SamplerCorrectionConfig()
     data: DataConfig = DataConfig()
     log_prob: LogProbConfig = LogProbConfig()
     reference: ReferenceConfig = ReferenceConfig()

@@ -33,7 +33,9 @@ class PackedBatch:
     input_ids, position_ids int64 [1, T]; boundaries: padded segments over all context-parallel ranks;
     rows int64 [N]: the tokens whose hidden states predict; labels int64 [N]: what they predict;
     sequence_of_row int64 [N]: number of the sequence within the micro-batch, [0, num_sequences);
-    response_index int64 [N]: which token of the response is predicted.
+    response_index int64 [N]: which token of the response is predicted;
+    prompt_rows int64 [P]: the tokens of prompts; sequence_of_prompt_row int64 [P]: number of their sequence, as above;
+    prompt_lengths, response_lengths int64 [num_sequences]: over all context-parallel ranks.
     """
 
     sequences: tuple[int, ...]
@@ -44,6 +46,10 @@ class PackedBatch:
     labels: Tensor
     sequence_of_row: Tensor
     response_index: Tensor
+    prompt_rows: Tensor
+    sequence_of_prompt_row: Tensor
+    prompt_lengths: Tensor
+    response_lengths: Tensor
 
     @property
     def num_sequences(self) -> int:
@@ -68,6 +74,7 @@ def pack_batch(
     labels = torch.full((boundaries[-1],), -1)
     sequence_of = torch.zeros(boundaries[-1], dtype=torch.int64)
     response_index = torch.zeros(boundaries[-1], dtype=torch.int64)
+    prompt_of = torch.full((boundaries[-1],), -1)
     for number, (index, start) in enumerate(zip(micro_batch.sequences, boundaries, strict=False)):
         sequence = sequences[index]
         tokens = torch.tensor([*sequence.prompt, *sequence.response])
@@ -75,11 +82,14 @@ def pack_batch(
         first, last = start + len(sequence.prompt) - 1, start + len(tokens) - 1
         labels[first:last] = tokens[len(sequence.prompt) :]
         sequence_of[first:last] = number
+        prompt_of[start : first + 1] = number
         response_index[first:last] = torch.arange(len(sequence.response))
     positions = torch.cat([torch.arange(end - start) for start, end in pairwise(boundaries)])
     local = torch.tensor(context_parallel_positions(boundaries, cp_size, cp_rank))
     rows = torch.nonzero(labels[local] >= 0).squeeze(1)
     predicting = local[rows]
+    prompt_rows = torch.nonzero(prompt_of[local] >= 0).squeeze(1)
+    packed = [sequences[index] for index in micro_batch.sequences]
 
     def placed(tensor: Tensor) -> Tensor:
         return tensor.to(device) if device is not None else tensor
@@ -93,4 +103,8 @@ def pack_batch(
         labels=placed(labels[predicting]),
         sequence_of_row=placed(sequence_of[predicting]),
         response_index=placed(response_index[predicting]),
+        prompt_rows=placed(prompt_rows),
+        sequence_of_prompt_row=placed(prompt_of[local][prompt_rows]),
+        prompt_lengths=placed(torch.tensor([len(s.prompt) for s in packed], dtype=torch.int64)),
+        response_lengths=placed(torch.tensor([len(s.response) for s in packed], dtype=torch.int64)),
     )

@@ -53,7 +53,14 @@ def build_parallel_model(
         stages = list(range(parallel.virtual_pipeline_model_parallel_size))
     modules = []
     for stage in stages:
-        module = build_language_model(architecture, settings, platform, padded_vocab=vocab, vp_stage=stage, log_z=log_z)
+        module = build_language_model(
+            architecture,
+            settings,
+            platform,
+            padded_vocab=vocab,
+            vp_stage=stage,
+            log_z_dropout=config.log_z.dropout if log_z else None,
+        )
         if log_z and module.post_process:
             module.log_z.initialize(config.seed)
         modules.append(module.to(platform.device))
@@ -78,7 +85,7 @@ def wrap_for_training(model: ParallelModel, config: Config) -> ParallelModel:
             settings,
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
-                check_for_nan_in_grad=True,  # Megatron would step on: no number compares with a NaN norm
+                check_for_nan_in_grad=False,  # Megatron would end the run; our optimizer leaves the step out
                 overlap_grad_reduce=ddp.overlap_grad_reduce,
                 overlap_param_gather=ddp.overlap_param_gather,
                 use_distributed_optimizer=ddp.use_distributed_optimizer,

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_flowrl.model.architecture import Architecture
 from megatron_flowrl.model.layer_specs import decoder_spec
-from megatron_flowrl.model.partition_function import PartitionFunction
+from megatron_flowrl.model.partition_function import LogZRequest, PartitionFunction, prompt_log_z
 from megatron_flowrl.ops.linear_log_prob import linear_log_prob
 from megatron_flowrl.platform import Platform
 
@@ -40,14 +40,19 @@ class LogProbRequest:
     temperature: float
     chunk_bytes: int
     entropy: EntropyMode = "none"
+    log_z: LogZRequest | None = None
 
 
 @dataclass(frozen=True)
 class TokenLogProbs:
-    """The last stage's answer: fp32 [N] each, in the order of the request, equal on all tensor-parallel ranks."""
+    """The last stage's answer, in the order of the request, equal on all tensor-parallel ranks.
+
+    log_probs, entropy fp32 [N]; log_z fp32 [S], equal on all context-parallel ranks too.
+    """
 
     log_probs: Tensor
     entropy: Tensor | None
+    log_z: Tensor | None = None
 
 
 class LogProbOutputLayer(tensor_parallel.ColumnParallelLinear):
@@ -98,14 +103,14 @@ class LogProbOutputLayer(tensor_parallel.ColumnParallelLinear):
 class LanguageModel(GPTModel):
     """A GPT whose `labels` argument takes a LogProbRequest (and still a label tensor, or nothing for logits).
 
-    With `log_z` its last stage also has the partition function, under that name.
+    With `log_z_dropout` its last stage also has the partition function, as `log_z`.
     """
 
-    def __init__(self, *args: Any, true_vocab_size: int, log_z: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, true_vocab_size: int, log_z_dropout: float | None = None, **kwargs: Any) -> None:
         self._true_vocab_size = true_vocab_size
         super().__init__(*args, **kwargs)
-        if log_z and self.post_process:
-            self.log_z = PartitionFunction(self.config.hidden_size)
+        if log_z_dropout is not None and self.post_process:
+            self.log_z = PartitionFunction(self.config.hidden_size, dropout=log_z_dropout)
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Put our output layer in place before Megatron marks and ties its weight."""
@@ -128,7 +133,18 @@ class LanguageModel(GPTModel):
             labels = None if isinstance(labels, LogProbRequest) else labels
             return super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return self.output_layer(hidden_states, weight=weight, request=labels)
+        output: TokenLogProbs = self.output_layer(hidden_states, weight=weight, request=labels)
+        if labels.log_z is None:
+            return output
+        log_z = prompt_log_z(
+            self.log_z,
+            hidden_states.squeeze(1),
+            labels.log_z,
+            tp_group=self.pg_collection.tp,
+            cp_group=self.pg_collection.cp,
+            sequence_parallel=self.config.sequence_parallel,
+        )
+        return replace(output, log_z=log_z)
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
@@ -144,7 +160,7 @@ def build_language_model(
     *,
     padded_vocab: int,
     vp_stage: int | None = None,
-    log_z: bool = False,
+    log_z_dropout: float | None = None,
 ) -> LanguageModel:
     """Build this rank's part of the model; its weights are allocated, not initialised."""
     stage = {"vp_stage": vp_stage, "ignore_virtual": vp_stage is None}
@@ -161,7 +177,7 @@ def build_language_model(
         rotary_base=architecture.rope_theta,
         vp_stage=vp_stage,
         true_vocab_size=architecture.vocab_size,
-        log_z=log_z,
+        log_z_dropout=log_z_dropout,
     )
     # Megatron has one kind of scaling, with constants of its own.
     model.rotary_pos_emb.inv_freq = torch.tensor(architecture.rope_inv_freq, device=platform.device)

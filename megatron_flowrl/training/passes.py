@@ -19,10 +19,12 @@ from megatron_flowrl.data.batch import PackedBatch, TokenSequence, pack_batch
 from megatron_flowrl.data.packing import PackingPlan
 from megatron_flowrl.model.gpt import EntropyMode, LogProbRequest, TokenLogProbs
 from megatron_flowrl.model.packed_sequences import packed_sequences
+from megatron_flowrl.model.partition_function import LogZRequest
 from megatron_flowrl.platform.distributed import to_all_pipeline_stages
 
 # (log-probs of the micro-batch, the micro-batch) -> scalar loss, the part of the mini-batch's loss it contributes
 MicroBatchLoss = Callable[[TokenLogProbs, PackedBatch], Tensor]
+LogZOf = Callable[[PackedBatch], LogZRequest]
 OnMicroBatch = Callable[[], None]
 
 
@@ -49,9 +51,12 @@ def forward_backward(
     loss: MicroBatchLoss,
     *,
     entropy: EntropyMode = "none",
+    log_z: LogZOf | None = None,
     on_micro_batch: OnMicroBatch | None = None,
 ) -> Tensor:
     """Accumulate the gradients of the losses of all micro-batches, summed over them and over data-parallel ranks.
+
+    `log_z` makes the request for the partition function, where the model has one and the loss uses it.
 
     `loss` divides by the mini-batch's global number of sequences (`PackingPlan.num_sequences`) itself. Gradients are
     in `main_grad` afterwards, reduced as far as Megatron reduces them before an optimizer step. Returns the sum of
@@ -64,7 +69,16 @@ def forward_backward(
         # A copy of the value: Megatron frees the last stage's output, and refuses to where that is a view.
         return value.clone(), torch.zeros((), dtype=torch.int, device=value.device), value.detach()
 
-    values = _run(model, batches, settings, entropy, contribution, forward_only=False, on_micro_batch=on_micro_batch)
+    values = _run(
+        model,
+        batches,
+        settings,
+        entropy,
+        contribution,
+        forward_only=False,
+        log_z=log_z,
+        on_micro_batch=on_micro_batch,
+    )
     total = torch.stack(values).sum() if values else torch.zeros((), device=batches[0].input_ids.device)
     return to_all_pipeline_stages(total.float())
 
@@ -95,6 +109,7 @@ def _run(
     on_output: Callable[[TokenLogProbs, PackedBatch], tuple[Tensor, Tensor, Any]],
     *,
     forward_only: bool,
+    log_z: LogZOf | None = None,
     on_micro_batch: OnMicroBatch | None,
 ) -> list[Any]:
     cp_rank = parallel_state.get_context_parallel_rank()
@@ -108,6 +123,7 @@ def _run(
             temperature=settings.temperature,
             chunk_bytes=settings.chunk_bytes,
             entropy=entropy,
+            log_z=None if log_z is None else log_z(batch),
         )
         output = chunk(
             input_ids=batch.input_ids,

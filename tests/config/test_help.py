@@ -6,7 +6,7 @@ from megatron_flowrl.config.keys import KEYS, SECTIONS, show
 
 @pytest.mark.parametrize("key", KEYS.values(), ids=lambda key: key.name)
 def test_every_key_is_there_with_type_default_and_meaning(key):
-    lines = [line.strip() for line in format_help(width=400).splitlines()]
+    lines = [line.strip() for line in format_help(width=1000).splitlines()]
     (row,) = [row for row, line in enumerate(lines) if line.startswith(f"{key.name} ")]
     assert lines[row].removeprefix(key.name).strip() == f"{key.allowed}; default {show(key.default)}"
     assert lines[row + 1] == key.meaning
@@ -28,7 +28,7 @@ def test_types_and_defaults_are_in_plain_words(name, allowed, default):
 
 
 def test_every_section_says_what_it_is_about():
-    text = format_help(width=400)
+    text = format_help(width=1000)
     assert all(f"{section}: {cls.__doc__}" in text for section, cls in SECTIONS.items())
 
 
