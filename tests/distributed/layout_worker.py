@@ -23,7 +23,7 @@ from megatron_flowrl.config import Config, check_config, data_parallel_size, loa
 from megatron_flowrl.data.batch import PackedBatch, TokenSequence
 from megatron_flowrl.model.architecture import read_architecture
 from megatron_flowrl.model.build import ParallelModel, build_parallel_model, wrap_for_training
-from megatron_flowrl.model.gpt import TokenLogProbs
+from megatron_flowrl.model.gpt import OWN_HEADS, TokenLogProbs
 from megatron_flowrl.model.layout import check_layout
 from megatron_flowrl.platform import current_platform
 from megatron_flowrl.platform.distributed import destroy_process_groups, initialize_process_groups, read_world
@@ -135,7 +135,8 @@ def _everywhere(fact: bool) -> bool:
 def full_gradients(model: ParallelModel) -> dict[str, torch.Tensor]:
     """Every rank's `main_grad`, put together under Hugging Face names; copies must agree and padding be untouched.
 
-    Tied embeddings have two copies under pipeline parallelism, which is where a missing reduction would show.
+    Tied embeddings have two copies under pipeline parallelism, which is where a missing reduction would show. Heads of
+    our own keep their names: each rank of the last stage has a copy.
     """
     architecture = model.architecture
     shard = Shard(
@@ -143,9 +144,12 @@ def full_gradients(model: ParallelModel) -> dict[str, torch.Tensor]:
         parallel_state.get_tensor_model_parallel_world_size(),
         model.modules[0].vocab_size,
     )
-    pieces = []
+    pieces, heads = [], {}
     for module in model.modules:
         for name, parameter in global_parameters(module):
+            if name.startswith(OWN_HEADS):
+                heads[name] = parameter.main_grad.clone()
+                continue
             part, position = local_tensor(name, architecture, shard), 0
             for piece in part.slices:
                 length = piece.stop - piece.start
@@ -153,16 +157,19 @@ def full_gradients(model: ParallelModel) -> dict[str, torch.Tensor]:
                 position += length
             assert not parameter.main_grad.narrow(part.dim, position, part.padding).any(), f"{name}: padding has grads"
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, pieces)
+    dist.all_gather_object(gathered, (pieces, heads))
     full = {name: torch.full(shape, float("nan")) for name, shape in hugging_face_shapes(architecture).items()}
-    for rank_pieces in gathered:
+    own: dict[str, torch.Tensor] = {}
+    for rank_pieces, rank_heads in gathered:
+        for name, gradient in rank_heads.items():
+            assert torch.equal(own.setdefault(name, gradient), gradient), f"ranks disagree on the gradient of {name}"
         for piece, gradient in rank_pieces:
             place = full[piece.name].narrow(piece.dim, piece.start, piece.stop - piece.start)
             known = ~place.isnan()
             assert torch.equal(place[known], gradient[known]), f"ranks disagree on the gradient of {piece}"
             place.copy_(gradient)
     assert not any(tensor.isnan().any() for tensor in full.values())
-    return full
+    return full | own
 
 
 def main() -> None:
