@@ -142,7 +142,9 @@ def test_a_server_that_is_never_ready_is_ended(fake: Any) -> None:
 def test_a_parent_that_ends_takes_its_server_along(tmp_path: Path, how: signal.Signals) -> None:
     """Killed, asked to end, or interrupted from the keyboard."""
     code = (
-        "import sys; from pathlib import Path; from tests.rollout.test_server import FakeServer;"
+        "import signal, sys; from pathlib import Path; from tests.rollout.test_server import FakeServer;"
+        # A shell starts what it puts in the background with interrupts ignored, and children inherit that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"
         "server = FakeServer(Path(sys.argv[1])); server.start(); server.wait_until_ready(); print(flush=True);"
         "__import__('time').sleep(1000)"
     )
