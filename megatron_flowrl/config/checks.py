@@ -252,21 +252,20 @@ def _log_z(config: Config) -> Iterator[str]:
 
 
 def _policy_gradient(config: Config) -> Iterator[str]:
-    settings, name = config.policy_gradient, config.objective.name
+    name, settings = config.objective.name, config.policy_gradient
+    if name not in METHODS:
+        return  # the user's own reads what it likes
     if name == "flowrl":
-        yield from _idle(
-            config,
-            "has no effect with objective.name=flowrl; name the method it is for",
-            *(key for key in KEYS if key.startswith("policy_gradient.")),
-        )
+        reason = "has no effect with objective.name=flowrl; name the method it is for"
+        yield from _idle(config, reason, *_keys_of("policy_gradient"), *_keys_of("critic"))
         return
-    if name in METHODS and name != "gflownet_ppo":
+    if name != "gflownet_ppo":
         preset = PRESETS[config.objective.preset]
-        changed = (k for k in KEYS if k.startswith("flowrl.") and _value(config, k) != preset.get(k, KEYS[k].default))
-        for key in changed:
-            yield f"{key} = {show(_value(config, key))} has no effect with objective.name={name}; leave it out"
-        if name != "gflownet_ppo":
-            yield from _idle(config, "is for objective.name=gflownet_ppo; name that", "policy_gradient.balance_coef")
+        for key in _keys_of("flowrl"):
+            if _value(config, key) != preset.get(key, KEYS[key].default):
+                yield f"{key} = {show(_value(config, key))} has no effect with objective.name={name}; leave it out"
+        reason = f"has no effect with objective.name={name}; set objective.name=gflownet_ppo"
+        yield from _idle(config, reason, "policy_gradient.balance_coef")
     if settings.advantage not in ("reinforce_plus_plus", "gae"):
         reason = (
             "is read only with policy_gradient.advantage=reinforce_plus_plus or gae, which is "
@@ -275,8 +274,7 @@ def _policy_gradient(config: Config) -> Iterator[str]:
         yield from _idle(config, reason, "policy_gradient.kl_in_reward", "policy_gradient.discount")
     if settings.advantage != "gae":
         reason = _read_only_with("policy_gradient.advantage", "gae", config)
-        critic = (key for key in KEYS if key.startswith("critic."))
-        yield from _idle(config, reason, "policy_gradient.gae_lambda", *critic)
+        yield from _idle(config, reason, "policy_gradient.gae_lambda", *_keys_of("critic"))
 
 
 def _sampler_correction(config: Config) -> Iterator[str]:
@@ -333,6 +331,10 @@ def _idle(config: Config, reason: str, *keys: str) -> Iterator[str]:
         value, default = _value(config, key), KEYS[key].default
         if value != default:
             yield f"{key} = {show(value)} {reason}, or set {key}={show(default)}"
+
+
+def _keys_of(section: str) -> list[str]:
+    return [key for key in KEYS if key.startswith(f"{section}.")]
 
 
 def _read_only_with(key: str, value: str, config: Config) -> str:

@@ -4,8 +4,8 @@
 
 The parent holds the other end of this process's standard input. When that closes (the parent is done, was interrupted,
 or was killed) or a signal to stop arrives, the server gets SIGTERM and `GRACE_SECONDS`; then what is left of its
-session gets SIGTERM, and at last SIGKILL, and what its processes had in /dev/shm is removed. The exit status is the
-server's.
+session gets SIGTERM, and at last SIGKILL, and what its processes had in /dev/shm is removed, as is their folder for
+temporary files (vLLM's sockets). The exit status is the server's.
 
 A server is more than one process: vLLM's own children outlive it when it is killed, and so do their files in shared
 memory. Only the standard library is imported here: a guard a server costs a few megabytes.
@@ -19,6 +19,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from types import FrameType
 _SHARED_MEMORY = "/dev/shm/"
 _LOOK_SECONDS = 0.5
 _LAST_SECONDS = 5.0
+_LONGEST_FOLDER = 60  # a socket's path has at most 107 characters, 37 of which are its name in vLLM
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -86,6 +88,19 @@ def end(server: subprocess.Popen[bytes], grace_seconds: float) -> None:
 
 def guard(grace_seconds: float, command: list[str]) -> int:
     """Run `command` until it ends or has to; returns its exit status, negative for a signal."""
+    with tempfile.TemporaryDirectory(prefix="server-", ignore_cleanup_errors=True) as temporary:
+        return _guard(grace_seconds, command, _with_temporary(temporary))
+
+
+def _with_temporary(folder: str) -> dict[str, str]:
+    """The environment with a folder for temporary files; compiled kernels stay where other servers find them."""
+    if len(folder) > _LONGEST_FOLDER:
+        return dict(os.environ)
+    kept = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
+    return {"TORCHINDUCTOR_CACHE_DIR": kept, **os.environ, "TMPDIR": folder}
+
+
+def _guard(grace_seconds: float, command: list[str], environment: dict[str, str]) -> int:
     stopping = False
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -95,7 +110,7 @@ def guard(grace_seconds: float, command: list[str]) -> int:
     for number in _STOP_SIGNALS:
         signal.signal(number, stop)
     try:
-        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, env=environment)
     except OSError as error:
         print(f"cannot start {command[0]}: {error.strerror}", file=sys.stderr)
         return 127

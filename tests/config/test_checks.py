@@ -2,7 +2,18 @@ import re
 
 import pytest
 
-from megatron_flowrl.config import ParallelConfig, UserError, check_config, data_parallel_size, load_config
+from megatron_flowrl.config import (
+    METHODS,
+    PRESETS,
+    Config,
+    ParallelConfig,
+    UserError,
+    check_config,
+    data_parallel_size,
+    load_config,
+    to_yaml,
+)
+from megatron_flowrl.config.keys import KEYS
 
 MODEL = "model.path=folder"
 HYBRID = "precision.fp8=hybrid"
@@ -175,3 +186,61 @@ def test_world_size_that_cannot_be_shared_out_is_refused(world_size):
         "multiple of 24",
     ):
         assert words in str(raised.value)
+
+
+class TestObjectives:
+    @pytest.mark.parametrize("name", METHODS)
+    @pytest.mark.parametrize("preset", PRESETS)
+    def test_every_method_goes_with_every_preset(self, name, preset):
+        check_config(load_config(None, ["model.path=x", f"objective.name={name}", f"objective.preset={preset}"]))
+
+    def test_the_schema_says_what_the_preset_scaled_says(self):
+        assert load_config(None, ["objective.preset=scaled"]) == Config()
+        assert all(KEYS[key].default == value for key, value in PRESETS["scaled"].items())
+        assert len({tuple(preset) for preset in PRESETS.values()}) == 1  # each in full
+
+    def test_a_setting_beats_the_preset_and_the_preset_the_default(self, recipe):
+        path = recipe("flowrl:\n  beta: 3.0\nobjective:\n  preset: official\n")
+        config = load_config(path, ["log_z.dropout=0.0"])
+        assert (config.flowrl.beta, config.log_z.dropout) == (3.0, 0.0)
+        assert (config.flowrl.reward, config.log_z.prompt_tokens) == ("group_norm", "drop_last")
+
+    def test_a_recipe_written_out_is_the_same_again(self, tmp_path):
+        config = load_config(None, ["objective.preset=paper", "objective.name=gspo"])
+        (tmp_path / "out.yaml").write_text(to_yaml(config))
+        assert load_config(tmp_path / "out.yaml") == config
+
+    @pytest.mark.parametrize(
+        ("overrides", "problem"),
+        [
+            (["objective.name=grop"], "objective.name = grop is none of flowrl, grpo"),
+            (["objective.name=grpo", "flowrl.beta=3"], "flowrl.beta = 3.0 has no effect with objective.name=grpo"),
+            (["policy_gradient.clip_low=0.1"], "policy_gradient.clip_low = 0.1 has no effect with objective.name=flow"),
+            (["critic.lr=0.1"], "critic.lr = 0.1 has no effect with objective.name=flowrl"),
+            (["objective.name=dapo", "critic.lr=0.1"], "critic.lr = 0.1 is read only with policy_gradient.advantage"),
+            (["objective.name=ppo", "policy_gradient.balance_coef=2"], "set objective.name=gflownet_ppo"),
+            (["objective.name=grpo", "policy_gradient.discount=0.9"], "policy_gradient.discount = 0.9 is read only"),
+            (["flowrl.importance_clip=none", "flowrl.importance_max=3"], "flowrl.importance_max = 3.0 is read only"),
+            (["flowrl.importance_clip_low=0.1"], "flowrl.importance_clip_low = 0.1 is read only"),
+            (["objective.preset=exact", "flowrl.length_exponent=0.5"], "flowrl.length_exponent = 0.5 is read only"),
+            (["flowrl.log_z=group", "log_z.lr=0.1"], "log_z.lr = 0.1 is read only with flowrl.log_z=mlp"),
+            (["sampler_correction.mode=mask"], "sampler_correction.mode = mask has no effect while"),
+            (["sampler_correction.level=token", "sampler_correction.minimum=0.5"], "is read only with sampler_correct"),
+            (
+                [
+                    "sampler_correction.level=token",
+                    "sampler_correction.mode=mask",
+                    "sampler_correction.minimum=3",
+                ],
+                "sampler_correction.minimum = 3.0 must be below sampler_correction.maximum = 2.0",
+            ),
+            (["objective.overlong_buffer=2000"], "objective.overlong_buffer = 2000 is above generation.max_tokens"),
+        ],
+    )
+    def test_what_would_do_nothing_is_refused(self, overrides, problem):
+        with pytest.raises(UserError) as raised:
+            check_config(load_config(None, ["model.path=x", *overrides]))
+        assert any(problem in found for found in raised.value.problems), raised.value.problems
+
+    def test_the_users_own_objective_reads_what_it_likes(self):
+        check_config(load_config(None, ["model.path=x", "objective.name=my.own", "critic.lr=1", "flowrl.beta=2"]))

@@ -1,7 +1,8 @@
 """Stands where vLLM stands, for tests of what is around it: python fake_server.py PORT MODE FOLDER.
 
 It starts a child of its own, holds a file in /dev/shm, and answers /health and /get_world_size. FOLDER/processes gets
-the process ids, FOLDER/shared the name of the file, FOLDER/environment the environment.
+the process ids, FOLDER/shared the name of the file, FOLDER/temporary that of a temporary one,
+FOLDER/environment the environment.
 MODE: normal; dies (after a message); silent (never answers); stubborn (ignores SIGTERM, and so does its child);
 crashes (kills itself without tidying up, when asked for /crash).
 """
@@ -14,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -44,6 +46,8 @@ def main() -> None:
         file.flush()
         memory = mmap.mmap(file.fileno(), 4096)
     (folder / "shared").write_text(shared)
+    with tempfile.NamedTemporaryFile(delete=False) as left:
+        (folder / "temporary").write_text(left.name)
     (folder / "environment").write_text(json.dumps(dict(os.environ)))
     (folder / "processes").write_text(json.dumps([os.getpid(), child.pid]))
     if mode == "silent":

@@ -43,7 +43,8 @@ class FakeServer(VllmServer):
 
     def assert_nothing_is_left(self) -> None:
         assert [process for process in self.processes() if is_alive(process)] == []
-        assert not Path((self.folder / "shared").read_text()).exists()
+        for name in ("shared", "temporary"):
+            assert not Path((self.folder / name).read_text()).exists()
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
@@ -158,7 +159,8 @@ def test_a_parent_that_ends_takes_its_server_along(tmp_path: Path, how: signal.S
     parent.send_signal(how)
     parent.wait()
     wait_for(lambda: not any(is_alive(process) for process in server.processes()))
-    wait_for(lambda: not Path((tmp_path / "shared").read_text()).exists())
+    for name in ("shared", "temporary"):
+        wait_for(lambda name=name: not Path((tmp_path / name).read_text()).exists())  # type: ignore[misc]
 
 
 def test_the_environment_of_a_trainer_stays_with_it(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
