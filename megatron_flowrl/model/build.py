@@ -23,7 +23,7 @@ class ParallelModel:
     """One model, cut as the configuration says.
 
     `modules` are this rank's chunks, bare; `chunks` are what the schedules run: the same, or each in Megatron's DDP.
-    `log_z` says that the last stage, wherever it is, has a partition function.
+    `log_z` says that the last stage, wherever it is, has a partition function; `value_head` that it is a critic's.
     """
 
     architecture: Architecture
@@ -31,14 +31,21 @@ class ParallelModel:
     modules: list[LanguageModel]
     chunks: list[Any]
     log_z: bool = False
+    value_head: bool = False
 
 
 def build_parallel_model(
-    architecture: Architecture, config: Config, platform: Platform, *, log_z: bool = False
+    architecture: Architecture,
+    config: Config,
+    platform: Platform,
+    *,
+    log_z: bool = False,
+    value_head: bool = False,
 ) -> ParallelModel:
     """Allocate this rank's chunks; weights come with `load_weights`, training with `wrap_for_training`.
 
-    With `log_z` the last stage has a partition function too, which starts from `config.seed`.
+    With `log_z` the last stage has a partition function too, which starts from `config.seed`; with `value_head` it has
+    that in the place of the output layer.
 
     Parameters keep the dtype they are made with: Megatron's Float16Module is not used, as it would also turn the
     fp32 heads of this project into bf16.
@@ -60,11 +67,12 @@ def build_parallel_model(
             padded_vocab=vocab,
             vp_stage=stage,
             log_z_dropout=config.log_z.dropout if log_z else None,
+            value_head=value_head,
         )
         if log_z and module.post_process:
             module.log_z.initialize(config.seed)
         modules.append(module.to(platform.device))
-    return ParallelModel(architecture, settings, modules, list(modules), log_z)
+    return ParallelModel(architecture, settings, modules, list(modules), log_z, value_head)
 
 
 def freeze(model: ParallelModel) -> ParallelModel:

@@ -18,11 +18,13 @@ from torch import Tensor
 from megatron_flowrl.model.architecture import Architecture
 from megatron_flowrl.model.layer_specs import decoder_spec
 from megatron_flowrl.model.partition_function import LogZRequest, PartitionFunction, prompt_log_z
+from megatron_flowrl.model.value_head import TokenValues, ValueHead, ValueRequest
 from megatron_flowrl.ops.linear_log_prob import linear_log_prob
 from megatron_flowrl.platform import Platform
 
 # Prefixes of what a model holds beside the language model: never in a Hugging Face folder, nor in the sampler.
-OWN_HEADS = ("log_z.",)
+LOG_Z_HEAD, VALUE_HEAD = "log_z.", "output_layer.value."
+OWN_HEADS = (LOG_Z_HEAD, VALUE_HEAD)
 
 EntropyMode = Literal["none", "detached", "differentiable"]
 
@@ -103,18 +105,30 @@ class LogProbOutputLayer(tensor_parallel.ColumnParallelLinear):
 class LanguageModel(GPTModel):
     """A GPT whose `labels` argument takes a LogProbRequest (and still a label tensor, or nothing for logits).
 
-    With `log_z_dropout` its last stage also has the partition function, as `log_z`.
+    With `log_z_dropout` its last stage also has the partition function, as `log_z`. With `value_head` it is a critic,
+    which takes a ValueRequest, and has no vocabulary to answer from.
     """
 
-    def __init__(self, *args: Any, true_vocab_size: int, log_z_dropout: float | None = None, **kwargs: Any) -> None:
-        self._true_vocab_size = true_vocab_size
+    def __init__(
+        self,
+        *args: Any,
+        true_vocab_size: int,
+        log_z_dropout: float | None = None,
+        value_head: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self._true_vocab_size, self._has_value_head = true_vocab_size, value_head
         super().__init__(*args, **kwargs)
         if log_z_dropout is not None and self.post_process:
             self.log_z = PartitionFunction(self.config.hidden_size, dropout=log_z_dropout)
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Put our output layer in place before Megatron marks and ties its weight."""
-        if self.post_process:
+        if self.post_process and self._has_value_head:
+            self.output_layer = ValueHead(
+                self.config.hidden_size, self.pg_collection.tp, sequence_parallel=self.config.sequence_parallel
+            )
+        elif self.post_process:
             self.output_layer = LogProbOutputLayer(
                 self.config.hidden_size,
                 self.vocab_size,
@@ -129,8 +143,12 @@ class LanguageModel(GPTModel):
         super().setup_embeddings_and_output_layer()
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
-        if not (self.post_process and isinstance(labels, LogProbRequest)):
-            labels = None if isinstance(labels, LogProbRequest) else labels
+        requested = isinstance(labels, LogProbRequest | ValueRequest)
+        if requested and self.post_process and self._has_value_head:
+            values: TokenValues = self.output_layer(hidden_states, labels)
+            return values
+        if not (self.post_process and requested):
+            labels = None if requested else labels
             return super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         output: TokenLogProbs = self.output_layer(hidden_states, weight=weight, request=labels)
@@ -161,6 +179,7 @@ def build_language_model(
     padded_vocab: int,
     vp_stage: int | None = None,
     log_z_dropout: float | None = None,
+    value_head: bool = False,
 ) -> LanguageModel:
     """Build this rank's part of the model; its weights are allocated, not initialised."""
     stage = {"vp_stage": vp_stage, "ignore_virtual": vp_stage is None}
@@ -172,12 +191,13 @@ def build_language_model(
         pre_process=parallel_state.is_pipeline_first_stage(**stage),
         post_process=parallel_state.is_pipeline_last_stage(**stage),
         parallel_output=True,
-        share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+        share_embeddings_and_output_weights=architecture.tie_word_embeddings and not value_head,
         position_embedding_type="rope",
         rotary_base=architecture.rope_theta,
         vp_stage=vp_stage,
         true_vocab_size=architecture.vocab_size,
         log_z_dropout=log_z_dropout,
+        value_head=value_head,
     )
     # Megatron has one kind of scaling, with constants of its own.
     model.rotary_pos_emb.inv_freq = torch.tensor(architecture.rope_inv_freq, device=platform.device)

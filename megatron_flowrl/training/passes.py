@@ -24,6 +24,7 @@ from megatron_flowrl.platform.distributed import to_all_pipeline_stages
 
 # (log-probs of the micro-batch, the micro-batch) -> scalar loss, the part of the mini-batch's loss it contributes
 MicroBatchLoss = Callable[[TokenLogProbs, PackedBatch], Tensor]
+RequestOf = Callable[[PackedBatch], Any]  # what the last stage is asked for
 LogZOf = Callable[[PackedBatch], LogZRequest]
 OnMicroBatch = Callable[[], None]
 
@@ -63,22 +64,25 @@ def forward_backward(
     the losses of this rank's micro-batches, fp32 [], on every pipeline stage.
     """
 
-    def contribution(output: TokenLogProbs, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    return train_on(model, batches, _log_probs(settings, entropy, log_z), loss, on_micro_batch)
+
+
+def train_on(
+    model: Sequence[torch.nn.Module],
+    batches: Sequence[PackedBatch],
+    request: RequestOf,
+    loss: Callable[[Any, PackedBatch], Tensor],
+    on_micro_batch: OnMicroBatch | None = None,
+) -> Tensor:
+    """`forward_backward` for whatever the last stage can be asked for."""
+
+    def contribution(output: Any, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         value = loss(output, batch)
         # The second is Megatron's count of tokens, which `finalize_gradients` does not divide by.
         # A copy of the value: Megatron frees the last stage's output, and refuses to where that is a view.
         return value.clone(), torch.zeros((), dtype=torch.int, device=value.device), value.detach()
 
-    values = _run(
-        model,
-        batches,
-        settings,
-        entropy,
-        contribution,
-        forward_only=False,
-        log_z=log_z,
-        on_micro_batch=on_micro_batch,
-    )
+    values = _run(model, batches, request, contribution, forward_only=False, on_micro_batch=on_micro_batch)
     total = torch.stack(values).sum() if values else torch.zeros((), device=batches[0].input_ids.device)
     return to_all_pipeline_stages(total.float())
 
@@ -93,23 +97,43 @@ def forward_only(
     on_micro_batch: OnMicroBatch | None = None,
 ) -> list[TokenLogProbs]:
     """Log-probs of every micro-batch, on the last pipeline stage; an empty list on the others."""
+    return ask(model, batches, _log_probs(settings, entropy), on_micro_batch)
 
-    def collect(output: TokenLogProbs, batch: PackedBatch) -> tuple[Tensor, Tensor, TokenLogProbs]:
+
+@torch.no_grad()
+def ask(
+    model: Sequence[torch.nn.Module],
+    batches: Sequence[PackedBatch],
+    request: RequestOf,
+    on_micro_batch: OnMicroBatch | None = None,
+) -> list[Any]:
+    """`forward_only` for whatever the last stage can be asked for."""
+
+    def collect(output: Any, batch: PackedBatch) -> tuple[Tensor, Tensor, Any]:
         nothing = torch.zeros((), device=batch.input_ids.device)
         return nothing, nothing.int(), output
 
-    return _run(model, batches, settings, entropy, collect, forward_only=True, on_micro_batch=on_micro_batch)
+    return _run(model, batches, request, collect, forward_only=True, on_micro_batch=on_micro_batch)
+
+
+def _log_probs(settings: LogProbConfig, entropy: EntropyMode, log_z: LogZOf | None = None) -> RequestOf:
+    return lambda batch: LogProbRequest(
+        rows=batch.rows,
+        labels=batch.labels,
+        temperature=settings.temperature,
+        chunk_bytes=settings.chunk_bytes,
+        entropy=entropy,
+        log_z=None if log_z is None else log_z(batch),
+    )
 
 
 def _run(
     model: Sequence[torch.nn.Module],
     batches: Sequence[PackedBatch],
-    settings: LogProbConfig,
-    entropy: EntropyMode,
-    on_output: Callable[[TokenLogProbs, PackedBatch], tuple[Tensor, Tensor, Any]],
+    request: RequestOf,
+    on_output: Callable[[Any, PackedBatch], tuple[Tensor, Tensor, Any]],
     *,
     forward_only: bool,
-    log_z: LogZOf | None = None,
     on_micro_batch: OnMicroBatch | None,
 ) -> list[Any]:
     cp_rank = parallel_state.get_context_parallel_rank()
@@ -117,19 +141,11 @@ def _run(
 
     def forward_step(iterator: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[Any, Any]:
         batch = next(iterator)
-        request = LogProbRequest(
-            rows=batch.rows,
-            labels=batch.labels,
-            temperature=settings.temperature,
-            chunk_bytes=settings.chunk_bytes,
-            entropy=entropy,
-            log_z=None if log_z is None else log_z(batch),
-        )
         output = chunk(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             attention_mask=None,
-            labels=request,
+            labels=request(batch),
             packed_seq_params=packed_sequences(batch.boundaries, cp_rank, cp_size, batch.input_ids.device),
         )
         if on_micro_batch is not None:
@@ -169,22 +185,31 @@ def gather_tokens(
     *,
     entropy: bool,
 ) -> ScoredTokens:
-    """Bring the last stage's results to every rank, in the order of `sequences`: one sum and one broadcast.
+    """Bring the last stage's results to every rank, in the order of `sequences`."""
+    values = [[o.log_probs, o.entropy] if entropy and o.entropy is not None else [o.log_probs] for o in outputs]
+    flat, offsets = gather_rows(sequences, batches, values, 2 if entropy else 1)
+    return ScoredTokens(flat[0], flat[1] if entropy else None, offsets)
 
-    Each response token is known to one (data, context)-parallel rank; the others add zero, which is exact.
+
+def gather_rows(
+    sequences: Sequence[TokenSequence], batches: Sequence[PackedBatch], outputs: Sequence[Sequence[Tensor]], count: int
+) -> tuple[Tensor, tuple[int, ...]]:
+    """`count` tensors [N] of each micro-batch, known to the last stage -> fp32 [count, all response tokens], offsets.
+
+    One sum and one broadcast: each response token is known to one (data, context)-parallel rank; the others add zero,
+    which is exact.
     """
     offsets = [0]
     for sequence in sequences:
         offsets.append(offsets[-1] + len(sequence.response))
     device = batches[0].input_ids.device
-    flat = torch.zeros((2 if entropy else 1, offsets[-1]), dtype=torch.float32, device=device)
+    flat = torch.zeros((count, offsets[-1]), dtype=torch.float32, device=device)
     for batch, output in zip(batches if outputs else (), outputs, strict=True):  # only the last stage has outputs
         starts = torch.tensor([offsets[i] for i in batch.sequences], dtype=torch.int64, device=device)
         places = starts[batch.sequence_of_row] + batch.response_index
-        flat[0, places] = output.log_probs
-        if entropy and output.entropy is not None:
-            flat[1, places] = output.entropy
+        for row, values in zip(flat, output, strict=True):
+            row[places] = values
     if outputs:
         torch.distributed.all_reduce(flat, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     to_all_pipeline_stages(flat)
-    return ScoredTokens(flat[0], flat[1] if entropy else None, tuple(offsets))
+    return flat, tuple(offsets)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from megatron_flowrl.model.partition_function import LogZRequest
 from megatron_flowrl.objectives.batch import Batch, Objective
 from megatron_flowrl.objectives.statistics import summarize
 from megatron_flowrl.observe.log import logger
-from megatron_flowrl.platform.distributed import to_all_pipeline_stages
+from megatron_flowrl.training.collect import Collected, agreed, members_of
 from megatron_flowrl.training.experience import Experience
 from megatron_flowrl.training.optimizer import Optimizer
 from megatron_flowrl.training.passes import forward_backward, local_batches
@@ -89,8 +88,8 @@ class Updater:
         Where a loss or a gradient is not finite nothing is updated, which is counted and said.
         """
         batches = local_batches(constants.sequences, constants.packing, mini_batch, self._device)
-        members = _members(constants.packing, mini_batch)
-        found = _Collected(("loss", *self._objective.statistics), members, self._device)
+        members = members_of(constants.packing, mini_batch)
+        found = Collected(("loss", *self._objective.statistics), members, self._device)
         needs = self._objective.needs
         entropy = needs.entropy
         if entropy == "none" and self._config.log_prob.entropy:
@@ -106,7 +105,7 @@ class Updater:
         )
         values = found.everywhere()
         losses = values.pop("loss")
-        finite = _agreed(bool(losses.isfinite().all()), self._device)
+        finite = agreed(bool(losses.isfinite().all()), self._device)
         result = self._optimizer.step(skip=not finite)
         if not result.updated:
             self.skipped_steps += 1
@@ -122,7 +121,7 @@ class Updater:
         return UpdateResult(result.updated, metrics, members, values)
 
     def _loss(
-        self, constants: Constants, members: Sequence[int], found: _Collected, output: TokenLogProbs, batch: PackedBatch
+        self, constants: Constants, members: Sequence[int], found: Collected, output: TokenLogProbs, batch: PackedBatch
     ) -> Tensor:
         numbers = torch.tensor(batch.sequences, dtype=torch.int64, device=self._device)
         places = constants.starts[numbers][batch.sequence_of_row] + batch.response_index
@@ -164,42 +163,6 @@ class Updater:
         if settings.dropout > 0:
             seeds = [_seed(self._config.seed, constants.step, index) for index in batch.sequences]
         return LogZRequest(rows, sequence, counts, settings.detach, seeds)
-
-
-class _Collected:
-    """Values of the mini-batch's sequences: put in on the last stage, micro-batch by micro-batch; then everywhere."""
-
-    def __init__(self, names: Sequence[str], members: Sequence[int], device: torch.device) -> None:
-        self._names = names
-        self._place = {index: place for place, index in enumerate(members)}
-        self._values = torch.zeros((len(names), len(members)), dtype=torch.float32, device=device)
-
-    def put(self, sequences: Sequence[int], values: Mapping[str, Tensor]) -> None:
-        if values.keys() != set(self._names):
-            raise RuntimeError(f"the objective answered {sorted(values)} where its statistics are {self._names[1:]}")
-        places = [self._place[index] for index in sequences]
-        self._values[:, places] = torch.stack([values[name].float() for name in self._names])
-
-    def everywhere(self) -> dict[str, Tensor]:
-        """One sum over data-parallel ranks, of which each sequence has one; one broadcast from the last stage."""
-        if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-            dist.all_reduce(self._values, group=parallel_state.get_data_parallel_group())
-        to_all_pipeline_stages(self._values)
-        return dict(zip(self._names, self._values, strict=True))
-
-
-def _members(packing: PackingPlan, mini_batch: int) -> tuple[int, ...]:
-    """The sequences of a mini-batch, wherever they are computed, in their order in the rollout."""
-    return tuple(
-        sorted(index for rank in packing.mini_batches[mini_batch] for micro in rank for index in micro.sequences)
-    )
-
-
-def _agreed(fact: bool, device: torch.device) -> bool:
-    """Whether it holds on all ranks."""
-    flag = torch.tensor(float(fact), device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag.item())
 
 
 def _seed(*place: int) -> int:

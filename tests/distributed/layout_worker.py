@@ -158,7 +158,10 @@ def full_gradients(model: ParallelModel) -> dict[str, torch.Tensor]:
             assert not parameter.main_grad.narrow(part.dim, position, part.padding).any(), f"{name}: padding has grads"
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (pieces, heads))
-    full = {name: torch.full(shape, float("nan")) for name, shape in hugging_face_shapes(architecture).items()}
+    shapes = hugging_face_shapes(architecture)
+    if model.value_head:
+        shapes.pop("lm_head.weight", None)
+    full = {name: torch.full(shape, float("nan")) for name, shape in shapes.items()}
     own: dict[str, torch.Tensor] = {}
     for rank_pieces, rank_heads in gathered:
         for name, gradient in rank_heads.items():
