@@ -96,7 +96,8 @@ class LogZConfig:
     """Its weight decay. null: optimizer.weight_decay."""
 
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout after each of its hidden layers, in training passes. Above 0, gradients depend on how a batch is cut."""
+    """Dropout after each of its hidden layers, in training passes. What is dropped for a prompt is the same however the
+    batch is cut."""
 
     prompt_tokens: Literal["all", "drop_last"] = "all"
     """The prompt's tokens whose hidden states are averaged. `drop_last`: without the last one, if there is another."""
@@ -172,7 +173,8 @@ class SamplerCorrectionConfig:
     """A weight for what the sampler's arithmetic differs by from the trainer's: rho = pi_old / pi_sampler."""
 
     level: Literal["token", "sequence"] | None = None
-    """rho of each token, or of whole answers. null: no weight."""
+    """rho of each token, or of whole answers. null: no weight. A loss of whole answers (flowrl) takes the mean of its
+    tokens' rhos."""
 
     mode: Literal["truncate", "mask"] = "truncate"
     """`truncate`: min(rho, maximum). `mask`: 0 where rho is not within minimum and maximum."""

@@ -23,13 +23,15 @@ def token_rewards(rewards: Tensor, offsets: Tensor, penalty: Tensor | None = Non
 def discounted_sums(values: Tensor, offsets: Tensor, discount: float) -> Tensor:
     """s_t = v_t + discount s_(t+1) within each answer, [T]: from its end to its beginning."""
     lengths = offsets.diff()
+    longest_first = lengths.argsort(descending=True)
+    ends = offsets[1:][longest_first]
+    reaching = torch.bincount(lengths).flip(0).cumsum(0).flip(0)[1:].tolist()  # how many have 1, 2, ... tokens
     sums = values.double().clone()
     following = torch.zeros(len(lengths), dtype=torch.float64, device=values.device)
-    for back in range(1, int(lengths.max()) + 1 if lengths.numel() else 1):
-        alive = torch.nonzero(lengths >= back).squeeze(1)
-        places = offsets[1:][alive] - back
-        following[alive] = sums[places] + discount * following[alive]
-        sums[places] = following[alive]
+    for back, count in enumerate(reaching, 1):
+        places = ends[:count] - back
+        following[:count] = sums[places] + discount * following[:count]
+        sums[places] = following[:count]
     return sums
 
 

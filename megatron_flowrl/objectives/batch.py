@@ -127,6 +127,13 @@ class Objective(Protocol):
         ...
 
 
+def given(value: Tensor | None, what: str) -> Tensor:
+    """The value; ValueError where it was not computed."""
+    if value is None:
+        raise ValueError(f"this objective needs {what}, which the batch is without: see its `needs`")
+    return value
+
+
 def group_sums(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     """For each answer the sum over its group and the size of its group: fp64 [M] each."""
     _, number = torch.unique(groups, return_inverse=True)

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_flowrl.objectives.batch import Batch, Needs, Prepared, Rollout, group_sums
+from megatron_flowrl.objectives.batch import Batch, Needs, Prepared, Rollout, given, group_sums
 from megatron_flowrl.objectives.importance import ImportanceWeight
 from megatron_flowrl.objectives.rewards import RewardTransform, transform_rewards
 from megatron_flowrl.objectives.statistics import COMMON, common_statistics
@@ -55,7 +55,8 @@ class FlowRL:
     one at c does.
 
     log_z: `mlp`, learned (Batch.log_z); `none`: 0; `group`: the mean over the group's answers of
-    beta r - (log pi_old - log pi_ref), in the normalisation's terms, a constant made before the update (VarGrad).
+    beta r - (log pi_old - log pi_ref), in the normalisation's terms, a constant made before the update (VarGrad; an
+    answer's own share of the mean takes 1 / G of its residual away, which leaves the fixed point where it is).
     reference: pi_ref, the old policy in its place, or none (then exp(beta r) / Z itself is the target).
     Of a group with equal rewards `group_norm` gives 0: it is pulled to pi_ref, and log Z to 0.
     """
@@ -90,9 +91,9 @@ class FlowRL:
         return Prepared(sequences=constants)
 
     def _group_log_z(self, rollout: Rollout, scaled: Tensor) -> Tensor:
-        old = _given(rollout.old_log_probs, "old log-probs").double()
+        old = given(rollout.old_log_probs, "old log-probs").double()
         base = {
-            "reference": lambda: _given(rollout.reference_log_probs, "reference log-probs").double(),
+            "reference": lambda: given(rollout.reference_log_probs, "reference log-probs").double(),
             "old": lambda: old,
             "none": lambda: torch.zeros_like(old),
         }[self.reference]()
@@ -123,18 +124,12 @@ class FlowRL:
 
     def _base(self, batch: Batch) -> Tensor:
         if self.reference == "reference":
-            return _given(batch.reference_log_probs, "reference log-probs")
+            return given(batch.reference_log_probs, "reference log-probs")
         return batch.old_log_probs if self.reference == "old" else torch.zeros_like(batch.log_probs)
 
     def _log_z(self, batch: Batch) -> Tensor:
         if self.log_z == "mlp":
-            return _given(batch.log_z, "log Z")
+            return given(batch.log_z, "log Z")
         if self.log_z == "group":
             return batch.sequences["log_z"].to(batch.log_probs.dtype)
         return torch.zeros_like(batch.lengths)
-
-
-def _given(value: Tensor | None, what: str) -> Tensor:
-    if value is None:
-        raise ValueError(f"{what} are missing, which this objective needs (`needs`)")
-    return value

@@ -15,8 +15,8 @@ from megatron_flowrl.objectives.policy_gradient import PolicyGradient
 class GFlowNetPPO:
     """L = L_policy_gradient + coefficient L_balance (Zhang et al., 2025, as the FlowRL paper's ablation names it).
 
-    Only what that ablation says of the method was at hand; the balance is FlowRL's with w = 1, as PPO's part has a
-    ratio of its own.
+    Only what that ablation says of the method was at hand. The balance is FlowRL's as it is set; by default w = 1, as
+    PPO's part has a ratio of its own.
     """
 
     policy_gradient: PolicyGradient

@@ -67,7 +67,7 @@ def sampler_weights(
     `truncate`: min(rho, maximum), truncated importance sampling (Yao et al. 2025, "Your efficient RL framework
     secretly brings you off-policy RL training"). `mask`: 0 where rho is not in [minimum, maximum], else rho (masked
     importance sampling: Liu et al. 2025, "When speed kills stability"). A token, or an answer, with a log-prob that
-    is not finite gets 0.
+    is not finite gets 0; where that is the trainer's own the loss is not finite all the same, and its step is skipped.
 
     old, sampler: [T]; offsets: int64 [M + 1].
     """

@@ -19,7 +19,7 @@ from megatron_flowrl.objectives.advantages import (
     standardize,
     token_rewards,
 )
-from megatron_flowrl.objectives.batch import Batch, Needs, Prepared, Rollout
+from megatron_flowrl.objectives.batch import Batch, Needs, Prepared, Rollout, given
 from megatron_flowrl.objectives.mismatch import LOG_RATIO_LIMIT
 from megatron_flowrl.objectives.rewards import transform_rewards
 from megatron_flowrl.objectives.statistics import COMMON, common_statistics, kl_k3
@@ -42,7 +42,7 @@ class PolicyGradient:
                            pi_ref) at each, standardised over all tokens. REINFORCE++, Hu, arXiv 2501.03262
       gae                  from a critic's values, standardised over all tokens. PPO, Schulman et al., arXiv 1707.06347
     ratio: `token`; or `sequence`, the geometric mean over the answer's tokens, whose gradient every token shares.
-      GSPO, Zheng et al., arXiv 2507.18071.
+      GSPO, Zheng et al., arXiv 2507.18071. Its logarithm is kept in [-20, 20], beyond which it has no gradient.
     aggregation: the mean over all tokens of the mini-batch, or over its sequences of the mean over their tokens.
 
     clip_dual c > 1: where A < 0 the loss is at most c |A| (Ye et al., arXiv 1912.09729). kl_coef times the k3 estimate
@@ -77,15 +77,15 @@ class PolicyGradient:
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """Ratio and share of tokens clipped, mean advantage."""
-        return (*COMMON, "ratio", "ratio_clipped_share", "advantage")
+        """Ratio, the share of tokens whose loss is clipped and whose ratio is out of range, mean advantage."""
+        return (*COMMON, "ratio", "ratio_clipped_share", "ratio_out_of_range_share", "advantage")
 
     def prepare(self, rollout: Rollout) -> Prepared:
         """The tokens' advantages, and for a critic the returns that its values are trained on."""
         tokens = self._advantages(rollout)
         if self.entropy_top_share < 1:
-            assert rollout.old_entropy is not None
-            tokens["advantage"] = tokens["advantage"] * _highest(rollout.old_entropy, self.entropy_top_share)
+            entropy = given(rollout.old_entropy, "the old policy's entropies")
+            tokens["advantage"] = tokens["advantage"] * _highest(entropy, self.entropy_top_share)
         return Prepared(tokens=tokens)
 
     def _advantages(self, rollout: Rollout) -> dict[str, Tensor]:
@@ -94,21 +94,22 @@ class PolicyGradient:
             return {"advantage": of_answers[rollout.sequence_of]}
         penalty = None
         if self.kl_in_reward > 0:
-            assert rollout.old_log_probs is not None and rollout.reference_log_probs is not None
-            penalty = self.kl_in_reward * (rollout.old_log_probs.double() - rollout.reference_log_probs.double())
+            old = given(rollout.old_log_probs, "old log-probs").double()
+            penalty = self.kl_in_reward * (old - given(rollout.reference_log_probs, "reference log-probs").double())
         rewards = token_rewards(rollout.rewards, rollout.offsets, penalty)
         if self.advantage == "reinforce_plus_plus":
             return {"advantage": standardize(discounted_sums(rewards, rollout.offsets, self.discount))}
-        assert rollout.values is not None
+        values = given(rollout.values, "a critic's values")
         advantages, returns = generalized_advantages(
-            rewards, rollout.values, rollout.offsets, discount=self.discount, gae_lambda=self.gae_lambda
+            rewards, values, rollout.offsets, discount=self.discount, gae_lambda=self.gae_lambda
         )
         return {"advantage": standardize(advantages), "return": returns}
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses [S]: sums over a sequence's tokens, each divided as the aggregation says."""
         advantage = batch.tokens["advantage"].to(batch.log_probs.dtype)
-        ratio = self._ratio(batch)
+        log_ratio = self._log_ratio(batch)
+        ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
         limited = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         loss = -torch.minimum(ratio * advantage, limited * advantage)
         if math.isfinite(self.clip_dual):
@@ -117,25 +118,25 @@ class PolicyGradient:
         if batch.sampler_weight is not None:
             loss = loss * batch.sampler_weight.to(loss.dtype)
         if self.kl_coef:
-            assert batch.reference_log_probs is not None
-            loss = loss + self.kl_coef * kl_k3(batch.log_probs, batch.reference_log_probs)
+            reference = given(batch.reference_log_probs, "reference log-probs")
+            loss = loss + self.kl_coef * kl_k3(batch.log_probs, reference)
         if self.entropy_coef:
-            assert batch.entropy is not None
-            loss = loss - self.entropy_coef * batch.entropy
+            loss = loss - self.entropy_coef * given(batch.entropy, "entropies")
         statistics = {
             "ratio": 1 + batch.mean_tokens(ratio.detach() - 1),
             "ratio_clipped_share": batch.mean_tokens(clipped),
+            "ratio_out_of_range_share": batch.mean_tokens((log_ratio.detach().abs() > LOG_RATIO_LIMIT).to(ratio.dtype)),
             "advantage": batch.mean_tokens(advantage),
             **common_statistics(batch),
         }
         return self._aggregated(loss, batch), statistics
 
-    def _ratio(self, batch: Batch) -> Tensor:
+    def _log_ratio(self, batch: Batch) -> Tensor:
         log_ratio = batch.log_probs - batch.old_log_probs
         if self.ratio == "sequence":
             mean = batch.spread(batch.mean_tokens(log_ratio.detach()))
             log_ratio = mean + (batch.log_probs - batch.log_probs.detach())
-        return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+        return log_ratio
 
     def _aggregated(self, loss: Tensor, batch: Batch) -> Tensor:
         if self.aggregation == "token_mean":

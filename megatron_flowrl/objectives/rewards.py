@@ -30,9 +30,8 @@ def transform_rewards(rewards: Tensor, groups: Tensor, how: RewardTransform) -> 
     rewards = rewards.double()
     if how == "raw":
         return rewards
-    sums, sizes = group_sums(rewards, groups)
     # Differences are taken from a member of the group, so that equal rewards give zeros and not roundings.
-    shifted = rewards - _first_of_group(rewards, groups)
+    shifted = rewards - _least_of_group(rewards, groups)
     sums, sizes = group_sums(shifted, groups)
     others = (sizes - 1).clamp(min=1)
     if how == "leave_one_out":
@@ -50,7 +49,7 @@ def informative(rewards: Tensor, groups: Tensor) -> Tensor:
 
     DAPO's dynamic sampling (arXiv 2503.14476, section 3.2) keeps these only.
     """
-    spread, _ = group_sums((rewards.double() != _first_of_group(rewards.double(), groups)).double(), groups)
+    spread, _ = group_sums((rewards.double() != _least_of_group(rewards.double(), groups)).double(), groups)
     return spread > 0
 
 
@@ -64,10 +63,8 @@ def overlong_penalty(lengths: Tensor, max_tokens: int, buffer: int) -> Tensor:
     return -((lengths.double() - (max_tokens - buffer)) / buffer).clamp(0.0, 1.0)
 
 
-def _first_of_group(values: Tensor, groups: Tensor) -> Tensor:
+def _least_of_group(values: Tensor, groups: Tensor) -> Tensor:
     _, number = torch.unique(groups, return_inverse=True)
     count = int(number.max()) + 1 if number.numel() else 0
-    first = torch.zeros(count, dtype=values.dtype, device=values.device)
-    positions = torch.arange(len(number) - 1, -1, -1, device=number.device)
-    first[number[positions]] = values[positions]  # later writes win on a CPU; any member of the group will do
-    return first[number]
+    least = torch.full((count,), torch.inf, dtype=values.dtype, device=values.device)
+    return least.scatter_reduce(0, number, values, "amin")[number]

@@ -23,14 +23,18 @@ def kl_k3(log_probs: Tensor, other: Tensor) -> Tensor:
 
 
 def common_statistics(batch: Batch) -> dict[str, Tensor]:
-    """Means over each sequence's tokens, [S], of log-probs, k3 divergences and entropy; NaN where one is not known."""
+    """Means over each sequence's tokens, [S], of log-probs, k3 divergences and entropy; NaN where one is not known.
+
+    The answers are the old policy's, so `kl_old` is an estimate of KL(pi_old || pi); `kl_reference` is one of
+    KL(pi || pi_ref) while the policy is the one that drew them, and drifts with it after that.
+    """
     log_probs = batch.log_probs.detach()
     reference, unknown = batch.reference_log_probs, torch.full_like(batch.lengths, torch.nan)
     return {
         "log_prob": batch.mean_tokens(log_probs),
         "reference_log_prob": unknown if reference is None else batch.mean_tokens(reference),
         "kl_reference": unknown if reference is None else batch.mean_tokens(kl_k3(log_probs, reference)),
-        "kl_old": batch.mean_tokens(kl_k3(log_probs, batch.old_log_probs)),
+        "kl_old": batch.mean_tokens(kl_k3(batch.old_log_probs, log_probs)),
         "entropy": unknown if batch.entropy is None else batch.mean_tokens(batch.entropy.detach()),
     }
 
