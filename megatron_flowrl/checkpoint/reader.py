@@ -11,10 +11,9 @@ from megatron.core import dist_checkpointing
 
 from megatron_flowrl.checkpoint.folder import CheckpointFolder
 from megatron_flowrl.checkpoint.manifest import Manifest, problem_with, read_manifest
-from megatron_flowrl.checkpoint.state import LOG_Z, OPTIMIZER, SCHEDULE, TrainingState
+from megatron_flowrl.checkpoint.state import HEADS, LOG_Z, OPTIMIZER, SCHEDULE, VALUES, TrainingState
 from megatron_flowrl.config import Config, SharedUserError, UserError, to_dict
 from megatron_flowrl.model.build import ParallelModel, weights_in_place
-from megatron_flowrl.model.gpt import OWN_HEADS
 from megatron_flowrl.observe.log import logger
 from megatron_flowrl.platform.distributed import together
 from megatron_flowrl.platform.libraries import versions
@@ -102,7 +101,12 @@ def _wanted(state: TrainingState, manifest: Manifest, path: Path, config: Config
     return state
 
 
-_NAMES = {OPTIMIZER: "optimizer state", SCHEDULE: "place in the learning rate's schedule", LOG_Z: "log Z head"}
+_NAMES = {
+    OPTIMIZER: "optimizer state",
+    SCHEDULE: "place in the learning rate's schedule",
+    LOG_Z: "log Z head",
+    VALUES: "value head",
+}
 
 
 def _set_aside(folder: CheckpointFolder, damaged: list[int], step: int) -> None:
@@ -123,8 +127,10 @@ def _set_aside(folder: CheckpointFolder, damaged: list[int], step: int) -> None:
 def _load(state: TrainingState, manifest: Manifest, path: Path) -> None:
     with together():
         manifest.check_architecture(state.model.architecture, path)
+        if VALUES in manifest.parts and VALUES not in state.parts:
+            raise UserError(f"checkpoint {path} is a critic's, which has no output layer: give the policy's")
     with weights_in_place(state.model.chunks):
-        without = OWN_HEADS if LOG_Z not in manifest.parts else ()
+        without = tuple(prefix for part, prefix in HEADS.items() if part not in manifest.parts)
         sharded = state.sharded_state_dict(without=without)
         trouble: Exception | None = None
         try:

@@ -15,9 +15,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_flowrl.checkpoint.optimizer_state import optimizer_step, optimizer_tensors, set_optimizer_step
 from megatron_flowrl.model.build import ParallelModel
-from megatron_flowrl.model.gpt import OWN_HEADS
+from megatron_flowrl.model.gpt import LOG_Z_HEAD, OWN_HEADS, VALUE_HEAD
 
-MODEL, LOG_Z, OPTIMIZER, SCHEDULE = "model", "log_z", "optimizer", "schedule"
+MODEL, LOG_Z, VALUES, OPTIMIZER, SCHEDULE = "model", "log_z", "values", "optimizer", "schedule"
+HEADS = {LOG_Z: LOG_Z_HEAD, VALUES: VALUE_HEAD}  # parts that are heads of our own, and their parameters' prefixes
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class TrainingState:
         present = {
             MODEL: True,
             LOG_Z: self.model.log_z,
+            VALUES: self.model.value_head,
             OPTIMIZER: self.optimizer is not None,
             SCHEDULE: self.schedule is not None,
         }

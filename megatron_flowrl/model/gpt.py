@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -141,6 +142,12 @@ class LanguageModel(GPTModel):
                 true_vocab_size=self._true_vocab_size,
             )
         super().setup_embeddings_and_output_layer()
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As Megatron's, whose handling of the output layer's weight takes for granted that there is one."""
+        if self._has_value_head:
+            return MegatronModule.sharded_state_dict(self, *args, **kwargs)
+        return super().sharded_state_dict(*args, **kwargs)
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
         requested = isinstance(labels, LogProbRequest | ValueRequest)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from megatron_flowrl.checkpoint.load import load_weights
 from megatron_flowrl.checkpoint.sources import WeightSource
+from megatron_flowrl.checkpoint.state import TrainingState
 from megatron_flowrl.config import Config
 from megatron_flowrl.data.batch import PackedBatch
 from megatron_flowrl.data.packing import PackingPlan
@@ -28,7 +31,8 @@ from megatron_flowrl.training.reductions import sequence_sums
 from megatron_flowrl.training.schedule import build_schedule
 from megatron_flowrl.training.update import Constants
 
-_STATISTICS = ("loss", "value", "return", "error", "squared_error", "squared_return")  # sums over a sequence's tokens
+_STATISTICS = ("loss", "value", "error", "squared_error", "clipped")  # sums over a sequence's tokens
+_SAME = 1e-12  # share of its mean square below which a variance is the rounding of fp32 values
 
 
 class Critic:
@@ -45,6 +49,7 @@ class Critic:
         settings = _own_optimizer(config)
         self.optimizer = Optimizer(self.model, settings)
         self.schedule = build_schedule(self.optimizer.megatron, settings.optimizer)
+        self.state = TrainingState(self.model, self.optimizer.megatron, self.schedule)  # for a checkpoint of its own
         self.skipped_steps = 0
 
     def values(self, experience: Experience, packing: PackingPlan) -> Tensor:
@@ -62,7 +67,8 @@ class Critic:
         """One optimizer step towards the returns that the objective has made of the rewards.
 
         The loss is the mean of `value_loss` over all response tokens of the mini-batch. Where it, or a gradient, is not
-        finite nothing is updated. Returns metrics; explained variance is 1 - Var(R - V) / Var(R).
+        finite nothing is updated. Returns metrics, over the same tokens: explained variance is 1 - Var(R - V) / Var(R),
+        and 0 where all returns are equal; the norm of the gradient is the one before clipping.
         """
         if experience.values is None:
             raise ValueError("the experience has no values: with_values comes first")
@@ -78,10 +84,10 @@ class Critic:
         result = self.optimizer.step(skip=not finite)
         if not result.updated:
             self.skipped_steps += 1
-            what = "the loss" if not finite else f"the gradient's norm ({result.grad_norm})"
-            logger.warning("step %d: %s of the critic is not finite; not updated", constants.step, what)
+            what = "a value's loss" if not finite else f"the norm of the critic's gradient ({result.grad_norm})"
+            logger.warning("step %d, mini-batch %d: %s is not finite; not updated", constants.step, mini_batch, what)
         return {
-            **_metrics(sums, tokens),
+            **critic_metrics(sums, _returns_of(constants, members)),
             "grad_norm": result.grad_norm,
             "skipped_steps": float(self.skipped_steps),
         }
@@ -99,7 +105,7 @@ class Critic:
         places = constants.starts[numbers][batch.sequence_of_row] + batch.response_index
         returns = constants.of_tokens["return"][places].float()
         clip = self._config.critic.value_clip
-        loss = value_loss(output.values, old_values[places], returns, float("inf") if clip is None else clip)
+        loss = value_loss(output.values, old_values[places], returns, math.inf if clip is None else clip)
         cp_group = parallel_state.get_context_parallel_group()
         sums = partial(
             sequence_sums, sequence_of_row=batch.sequence_of_row, num_sequences=len(numbers), cp_group=cp_group
@@ -107,15 +113,15 @@ class Critic:
         losses = sums(loss) / max(num_tokens, 1)
         values = output.values.detach()
         error = returns - values
+        clipped = loss.detach() > 0.5 * error**2
         found.put(
             batch.sequences,
             {
                 "loss": losses.detach(),
                 "value": sums(values),
-                "return": sums(returns),
                 "error": sums(error),
                 "squared_error": sums(error**2),
-                "squared_return": sums(returns**2),
+                "clipped": sums(clipped.to(loss.dtype)),
             },
         )
         return losses.sum()
@@ -141,14 +147,26 @@ def _own_optimizer(config: Config) -> Config:
     )
 
 
-def _metrics(sums: dict[str, Tensor], tokens: int) -> dict[str, float]:
-    count = max(tokens, 1)
+def _returns_of(constants: Constants, members: Sequence[int]) -> Tensor:
+    """Of the tokens of these sequences, in fp64."""
+    returns, starts = constants.of_tokens["return"].double(), constants.starts.tolist()
+    parts = [returns[starts[index] : starts[index] + len(constants.sequences[index].response)] for index in members]
+    return torch.cat(parts) if parts else returns[:0]
+
+
+def critic_metrics(sums: Mapping[str, Tensor], returns: Tensor) -> dict[str, float]:
+    """From sums over the tokens of each sequence, fp64 [M] each, and the returns of these tokens, fp64 [T]."""
+    count = max(len(returns), 1)
     total = {name: float(values.sum()) for name, values in sums.items()}
-    variance = total["squared_return"] / count - (total["return"] / count) ** 2
-    unexplained = total["squared_error"] / count - (total["error"] / count) ** 2
+    mean = float(returns.sum()) / count
+    variance = float((returns - mean).square().sum()) / count
+    squared_error = total["squared_error"] / count
+    unexplained = squared_error - (total["error"] / count) ** 2
+    all_equal = variance == 0 or variance <= _SAME * (mean**2 + squared_error)
     return {
         "value_loss": total["loss"],
         "value_mean": total["value"] / count,
-        "return_mean": total["return"] / count,
-        "explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
+        "return_mean": mean,
+        "explained_variance": 0.0 if all_equal else 1 - unexplained / variance,
+        "value_clipped_share": total["clipped"] / count,
     }

@@ -1,4 +1,4 @@
-"""A critic's values and gradients: the same in every layout, and the same as transformers'."""
+"""A critic's values and gradients: the same in every layout, and the same as transformers'; updates; checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import AutoModel
 from tests.distributed.critic_worker import LAYOUTS, head_weight
 from tests.distributed.layouts import Layout
 from tests.distributed.ranks import run_worker
-from tests.distributed.test_layouts import FP32_GRADIENT, largest_difference
+from tests.distributed.test_layouts import BF16_GRADIENT, FP32_GRADIENT, largest_difference
 from tests.distributed.update_worker import NUM_SEQUENCES, noise
 from tests.tiny_models import random_sequences, save_model
 
@@ -32,18 +32,60 @@ def results(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     out = tmp_path_factory.mktemp("results")
     for ranks in sorted({layout.ranks for layout in LAYOUTS}):
         run_worker("tests.distributed.critic_worker", [str(models), str(out)], ranks)
-    return {layout.name: torch.load(out / f"{layout.name}.pt") for layout in LAYOUTS}
+    return {name: torch.load(out / f"{name}.pt") for name in ("checkpoint", *(layout.name for layout in LAYOUTS))}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_layouts_agree(layout: Layout, results: dict[str, dict[str, Any]]) -> None:
-    expected = results[next(other.name for other in LAYOUTS if other.model == layout.model)]
-    result = results[layout.name]
-    torch.testing.assert_close(result["values"], expected["values"], rtol=0.0, atol=1e-5)
+    expected = results[next(other.name for other in LAYOUTS if other.baseline == layout.baseline)]
+    result, fp32 = results[layout.name], layout.settings.get("precision.dtype") != "bfloat16"
     difference, name = largest_difference(result["gradients"], expected["gradients"])
-    assert difference <= FP32_GRADIENT, name
-    for key, value in expected["metrics"].items():
-        assert result["metrics"][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+    assert difference <= (FP32_GRADIENT if fp32 else BF16_GRADIENT), name
+    if fp32:
+        torch.testing.assert_close(result["values"], expected["values"], rtol=0.0, atol=1e-5)
+        assert result["metrics"] == pytest.approx(expected["metrics"], rel=1e-4, abs=1e-6)
+        ours, theirs = (r["updates"][0]["grad_norm"] for r in (result, expected))
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_each_update_lowers_the_loss(layout: Layout, results: dict[str, dict[str, Any]]) -> None:
+    """The same returns three times: the third update tells the loss after two."""
+    losses = [metrics["value_loss"] for metrics in results[layout.name]["updates"]]
+    assert losses[0] > losses[1] > losses[2]
+    expected = results["one_rank"]["updates"]
+    if layout.settings.get("precision.dtype") != "bfloat16":
+        assert losses == pytest.approx([metrics["value_loss"] for metrics in expected], rel=1e-3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_a_return_that_is_not_a_number_changes_nothing(layout: Layout, results: dict[str, dict[str, Any]]) -> None:
+    result = results[layout.name]
+    assert [metrics["skipped_steps"] for metrics in (*result["updates"], result["skipped"])] == [0, 0, 0, 1]
+    assert result["left_alone"] and result["skipped"]["value_loss"] != result["skipped"]["value_loss"]
+
+
+def test_a_saved_critic_goes_on_under_another_layout(results: dict[str, dict[str, Any]]) -> None:
+    """Its head and its optimizer's state included: at TP2, then at PP2 with the distributed optimizer."""
+    result = results["checkpoint"]
+    saved, resumed = result["values"]
+    assert result["step"] == 1
+    torch.testing.assert_close(resumed, saved, rtol=0.0, atol=1e-5)
+    ours, theirs = result["updates"]
+    for metrics, expected in zip(theirs, ours, strict=True):
+        assert metrics["value_loss"] == pytest.approx(expected["value_loss"], rel=1e-4)
+        assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+
+
+def test_a_critic_begins_with_a_policys_checkpoint(results: dict[str, dict[str, Any]]) -> None:
+    """One that has log Z and an output layer, which it leaves alone; the head begins at 0."""
+    result = results["checkpoint"]
+    assert result["zero"]
+    torch.testing.assert_close(result["from_policy"], results["one_rank"]["values"], rtol=0.0, atol=1e-5)
+
+
+def test_a_critics_checkpoint_is_no_policy(results: dict[str, dict[str, Any]]) -> None:
+    assert "is a critic's, which has no output layer" in results["checkpoint"]["refusal"]
 
 
 def test_one_rank_agrees_with_transformers(results: dict[str, dict[str, Any]], models: Path) -> None:
