@@ -21,12 +21,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_flowrl.checkpoint.atomic import partial_path, partials_in, publish, remove
 from megatron_flowrl.checkpoint.companions import read_companions, write_companions
 from megatron_flowrl.checkpoint.safetensors_writer import SafetensorsWriter
 from megatron_flowrl.checkpoint.stream import TensorInfo, WeightStream
 from megatron_flowrl.config import UserError
 from megatron_flowrl.observe.log import logger
+from megatron_flowrl.platform.atomic import partial_path, partials_in, publish, remove
 from megatron_flowrl.platform.distributed import together
 
 MAX_SHARD_BYTES = 5 * 10**9  # as transformers

@@ -6,9 +6,9 @@ import os
 import re
 from pathlib import Path
 
-from megatron_flowrl.checkpoint.atomic import final_path, partial_path, partials_in, publish, remove, write_file
 from megatron_flowrl.checkpoint.manifest import MANIFEST_FILE
 from megatron_flowrl.config import UserError
+from megatron_flowrl.platform.atomic import final_path, partial_path, partials_in, publish, remove, write_file
 
 LATEST_FILE = "latest"
 _STEP = re.compile(r"step_(\d{8,})")

@@ -32,7 +32,6 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_flowrl.checkpoint.atomic import partial_path, remove, write_file
 from megatron_flowrl.checkpoint.companions import read_companions, write_companions
 from megatron_flowrl.checkpoint.folder import CheckpointFolder
 from megatron_flowrl.checkpoint.locate import COMPANIONS
@@ -49,6 +48,7 @@ from megatron_flowrl.checkpoint.state import TrainingState, bytes_to_write
 from megatron_flowrl.config import Config, SharedUserError, UserError, to_dict
 from megatron_flowrl.model.build import weights_in_place
 from megatron_flowrl.observe.log import logger
+from megatron_flowrl.platform.atomic import partial_path, remove, write_file
 from megatron_flowrl.platform.distributed import layout_of, together
 from megatron_flowrl.platform.libraries import versions
 

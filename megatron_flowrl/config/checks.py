@@ -26,7 +26,8 @@ def check_config(config: Config) -> None:
         _bf16_layers,
         _recompute,
         _schedule,
-        _checkpoint,
+        _run,
+        _evaluation,
         _reference,
         _rollout,
         _objective,
@@ -165,12 +166,27 @@ def _schedule(config: Config) -> Iterator[str]:
         yield f"optimizer.min_lr = {settings.min_lr} is above optimizer.lr = {settings.lr}; lower it"
 
 
-def _checkpoint(config: Config) -> Iterator[str]:
-    if config.checkpoint.save is None:
-        yield from _idle(
-            config,
-            "has no effect while checkpoint.save is null; give that a folder",
-            *(f"checkpoint.{name}" for name in ("save_interval", "async_save", "keep_last", "load_optim")),
+def _run(config: Config) -> Iterator[str]:
+    run = config.run
+    if run.prompts_per_step % run.prompts_per_mini_batch:
+        yield (
+            f"run.prompts_per_step = {run.prompts_per_step} is no multiple of run.prompts_per_mini_batch = "
+            f"{run.prompts_per_mini_batch}: a step's prompts are shared out to whole updates; change one of them"
+        )
+    template = config.prompts.template
+    if template is not None and template.count("{prompt}") != 1:
+        yield f"prompts.template = {show(template)} must have {{prompt}} in it, once: there the prompt goes"
+
+
+def _evaluation(config: Config) -> Iterator[str]:
+    if config.evaluation.path is None:
+        names = ("split", "limit", "n", "temperature", "top_p", "max_tokens")
+        reason = "has no effect while evaluation.path is null; give that the held-out prompts"
+        yield from _idle(config, reason, *(f"evaluation.{name}" for name in names))
+    elif config.rollout.replay is not None:
+        yield (
+            "evaluation.path needs a sampler, which a run on recorded rollouts (rollout.replay) has none of: set "
+            "evaluation.path=null"
         )
 
 

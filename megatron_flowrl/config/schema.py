@@ -17,6 +17,15 @@ from .objectives import (
     PolicyGradientConfig,
     SamplerCorrectionConfig,
 )
+from .run import (
+    EvaluationConfig,
+    LoggingConfig,
+    PromptsConfig,
+    RewardConfig,
+    RunConfig,
+    SftConfig,
+    TrackingConfig,
+)
 from .strict import STRICT
 
 RecomputeModule = Literal["core_attn", "mlp"]
@@ -272,6 +281,12 @@ class RolloutConfig:
     max_restarts: NonNegativeInt = 3
     """How often in a row, without an answer in between, a server that fails is started again."""
 
+    replay: Annotated[str, Field(min_length=1)] | None = None
+    """Folder of recorded rollouts, RUN/rollouts of some run, to train on instead of sampling: no server is started."""
+
+    keep_records: PositiveInt | None = None
+    """Steps whose rollouts are kept in run.folder once a later checkpoint is whole. null: all."""
+
     extra_arguments: Annotated[tuple[str, ...], Strict(False)] = ()
     """Further arguments of vLLM's server, as they stand on its command line."""
 
@@ -310,7 +325,7 @@ class CheckpointConfig:
 
     save: Annotated[str, Field(min_length=1)] | None = None
     """Folder of the run's checkpoints, on a file system that all nodes share. A start goes on from the newest good
-    one in it. null: nothing is saved."""
+    one in it. null: the folder `checkpoints` in run.folder."""
 
     save_interval: PositiveInt = 10
     """Steps between two checkpoints."""
@@ -322,22 +337,14 @@ class CheckpointConfig:
     keep_last: PositiveInt = 3
     """Checkpoints kept; older ones are deleted when a new one is whole."""
 
+    keep_best: bool = True
+    """Save also after an evaluation with the best reward so far, and keep that one whatever its age."""
+
     verify_checksums: bool = True
     """Read every file of a checkpoint for its SHA-256 before loading it. false: only sizes are compared."""
 
     load_optim: bool = True
     """Load the optimizer's state, and stop where a checkpoint has none. false: begin with a fresh optimizer."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class LoggingConfig:
-    """What is printed."""
-
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    """Least severity printed."""
-
-    progress: bool = True
-    """Progress bars, on a terminal only."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -348,6 +355,7 @@ class Config:
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1234
     """All randomness derives from it; so do the weights when model.init is random."""
 
+    run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     parallel: ParallelConfig = ParallelConfig()
     ddp: DistributedDataParallelConfig = DistributedDataParallelConfig()
@@ -360,10 +368,15 @@ class Config:
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig()
     critic: CriticConfig = CriticConfig()
     sampler_correction: SamplerCorrectionConfig = SamplerCorrectionConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    reward: RewardConfig = RewardConfig()
     data: DataConfig = DataConfig()
     log_prob: LogProbConfig = LogProbConfig()
     reference: ReferenceConfig = ReferenceConfig()
     rollout: RolloutConfig = RolloutConfig()
     generation: GenerationConfig = GenerationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    sft: SftConfig = SftConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
     logging: LoggingConfig = LoggingConfig()

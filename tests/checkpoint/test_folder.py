@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_flowrl.checkpoint.atomic import partial_path
 from megatron_flowrl.checkpoint.folder import CheckpointFolder, find_checkpoint
 from megatron_flowrl.config import UserError
+from megatron_flowrl.platform.atomic import partial_path
 
 
 def save(folder: CheckpointFolder, step: int) -> None:

@@ -112,7 +112,7 @@ BAD_OVERRIDES = [
     ),
     ("paralel.context_parallel_size=2", ["did you mean parallel.context_parallel_size?"]),
     ("reference.xyzzy=2", ["reference.xyzzy", "the keys of reference are placement"]),
-    ("xyzzy=2", ["xyzzy", "the sections are model, parallel, "]),
+    ("xyzzy=2", ["xyzzy", "the sections are run, model, parallel, "]),
     ("optimizer.=2", ["optimizer.:", "the keys of optimizer are lr, "]),
     (".seed=2", [".seed", "did you mean seed?"]),
     # Shapes.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_flowrl.checkpoint import atomic
+from megatron_flowrl.platform import atomic
 
 
 def test_a_folder_gets_its_name_at_the_end(tmp_path: Path) -> None:

@@ -1,0 +1,180 @@
+"""Settings of a training run: its size, prompts, rewards, evaluation, supervised warm start, and what it shows."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Strict
+from pydantic.dataclasses import dataclass
+
+from .strict import STRICT
+
+NonEmpty = Annotated[str, Field(min_length=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RunConfig:
+    """A training run."""
+
+    folder: str = ""
+    """Folder of all that the run writes: checkpoints, rollouts, metrics, logs; on a file system that all nodes share.
+    Must be given. A start goes on from what is there."""
+
+    steps: PositiveInt = 200
+    """Steps of the whole run: a rollout and its updates each; with sft, an update each."""
+
+    prompts_per_step: PositiveInt = 512
+    """Prompts of a rollout."""
+
+    prompts_per_mini_batch: PositiveInt = 32
+    """Prompts whose answers make one update; prompts_per_step is a multiple of it."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PromptsConfig:
+    """The prompts that are trained on, and how rows of a data set become prompts."""
+
+    path: str = ""
+    """JSONL or Parquet file, a folder of such files, or the name of a data set on the Hugging Face hub (which needs the
+    network). Must be given."""
+
+    split: NonEmpty = "train"
+    """Split of a data set of the hub."""
+
+    prompt_column: NonEmpty = "prompt"
+    """Column of the prompt: text, chat messages ({"role", "content"}), or token ids."""
+
+    ground_truth_column: NonEmpty | None = None
+    """Column that the grader is given. null: reward_model.ground_truth, ground_truth or answer, whichever is there."""
+
+    template: NonEmpty | None = None
+    """Text around a prompt of text, with {prompt} where it goes. null: the text alone."""
+
+    chat: bool = False
+    """Make a prompt of text a user's message in the tokenizer's chat template. Chat messages always are."""
+
+    max_tokens: PositiveInt = 2048
+    """Longer prompts are left out, and counted."""
+
+    limit: PositiveInt | None = None
+    """Rows to read, from the first. null: all."""
+
+    shuffle: bool = True
+    """Another order in every epoch, from `seed`."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RewardConfig:
+    """What an answer is worth. Grading runs in processes of its own, while answers are still being sampled."""
+
+    grader: NonEmpty = "math"
+    """`math`: math-verify; `countdown`: an expression that has to reach a number; `reasoning_gym`: the task's own; or
+    package.module.factory, see megatron_flowrl/rewards/grader.py."""
+
+    workers: PositiveInt = 2
+    """Processes that grade."""
+
+    timeout_seconds: PositiveFloat = 10.0
+    """How long one answer may take; then its process is ended and replaced."""
+
+    failed_score: float = 0.0
+    """Reward of an answer that could not be graded."""
+
+    binary: bool = False
+    """Make rewards 1 from correct_from on, and 0 below."""
+
+    correct_from: float = 1.0
+    """Reward from which an answer counts as correct in the metrics."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvaluationConfig:
+    """Held-out prompts, answered and graded within the run. They are read as the prompts that are trained on are."""
+
+    path: NonEmpty | None = None
+    """Where they are; see prompts.path. null: no evaluation."""
+
+    split: NonEmpty = "test"
+    """Split of a data set of the hub."""
+
+    limit: PositiveInt | None = None
+    """Rows to read, from the first. null: all."""
+
+    interval: PositiveInt = 10
+    """Steps from one evaluation to the next; there is one before the first step and one after the last."""
+
+    n: PositiveInt = 4
+    """Answers to each prompt."""
+
+    temperature: PositiveFloat = 0.6
+    """Sampling temperature."""
+
+    top_p: Fraction = 0.95
+    """Sampling from the most likely tokens that together have this probability."""
+
+    max_tokens: PositiveInt | None = None
+    """Longest answer, in tokens. null: generation.max_tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SftConfig:
+    """Supervised training on given responses: the warm start of `megatron-flowrl sft`."""
+
+    path: str = ""
+    """Rows with prompt and response; see prompts.path. Must be given."""
+
+    split: NonEmpty = "train"
+    """Split of a data set of the hub."""
+
+    response_column: NonEmpty = "response"
+    """Column of the response: text, or token ids. EOS is put at its end."""
+
+    sequences_per_step: PositiveInt = 256
+    """Rows of one update."""
+
+    validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """Share of the rows that is kept from training and measured, every evaluation.interval steps."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LoggingConfig:
+    """What is printed."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severity printed."""
+
+    progress: bool = True
+    """Progress bars, on a terminal only."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrackingConfig:
+    """What is recorded in the run's folder, beside metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Write TensorBoard files."""
+
+    histogram_interval: PositiveInt = 5
+    """Steps between two histograms of rewards, residuals, weights, log Z and lengths."""
+
+    samples: NonNegativeInt = 4
+    """Answers of a step that are recorded as text."""
+
+    peak_tflops: PositiveFloat | None = None
+    """What a device can do at best, for the share that is used (MFU). null: by the GPU's name; measured on a CPU."""
+
+    profile_steps: Annotated[tuple[PositiveInt, ...], Strict(False)] = ()
+    """Steps of which torch's profiler writes a trace."""
+
+    profile_ranks: Annotated[tuple[NonNegativeInt, ...], Strict(False)] = (0,)
+    """Ranks that write one."""
+
+
+__all__ = [
+    "EvaluationConfig",
+    "LoggingConfig",
+    "PromptsConfig",
+    "RewardConfig",
+    "RunConfig",
+    "SftConfig",
+    "TrackingConfig",
+]
