@@ -33,14 +33,13 @@ from megatron_flowrl.rollout.transfer.base import shared
 from megatron_flowrl.training.passes import ScoredTokens
 from megatron_flowrl.training.plan import packing_rules, plan
 from megatron_flowrl.training.score import (
-    Run,
     check_inputs,
     finite_or_null,
     load_frozen,
-    prepared,
     score_sequences,
     whole_file,
 )
+from megatron_flowrl.training.session import Session, prepared
 
 _VERSION = "0"  # the name of the only weights there are
 _LEAST_TEMPERATURE = 0.01  # vLLM samples at this instead of at a lower one, and says so in its log only
@@ -57,33 +56,34 @@ def compare_sampler(config: Config, world: World, input_path: str, output_path: 
     the folder `logs`. Everything the user gave is checked before the model is built and a server starts; the output
     appears whole or not at all. Raises UserError.
     """
-    with prepared(config, world) as run:
+    with prepared(config, world) as session:
 
         def read(architecture: Architecture) -> tuple[list[Prompt], tuple[int, ...]]:
-            _check_settings(run.config, architecture)
+            _check_settings(session.config, architecture)
             prompts = read_prompts(
-                input_path, vocab_size=architecture.vocab_size, encode=lambda: load_encode(run.tokenizer)
+                input_path, vocab_size=architecture.vocab_size, encode=lambda: load_encode(session.tokenizer)
             )
-            _check_lengths(prompts, input_path, run.config, architecture)
-            stop = stop_token_ids(run.folder.hugging_face)
+            _check_lengths(prompts, input_path, session.config, architecture)
+            stop = stop_token_ids(session.folder.hugging_face)
             if world.rank == 0:
-                _check_servers(run, logs)
+                _check_servers(session, logs)
             return prompts, stop
 
-        checked = check_inputs(run, input_path, output_path, read)
+        checked = check_inputs(session, input_path, output_path, read)
         prompts, stop = checked.content
         with alike():
-            rules = packing_rules(run.config, checked.architecture, run.replicas)
-            plan([len(prompt) + run.config.generation.max_tokens for prompt in prompts], rules)  # the longest there are
-        logger.info("%s, %d prompts", run.layout(), len(prompts))
+            rules = packing_rules(session.config, checked.architecture, session.replicas)
+            longest = session.config.generation.max_tokens
+            plan([len(prompt) + longest for prompt in prompts], rules)
+        logger.info("%s, %d prompts", session.layout(), len(prompts))
 
-        model = load_frozen(run, checked)
-        answers = _sample(model, prompts, stop, run, logs)
+        model = load_frozen(session, checked)
+        answers = _sample(model, prompts, stop, session, logs)
         sequences = shared([TokenSequence(prompts[answer.prompt_index], answer.token_ids) for answer in answers])
         with alike():
             packing = plan([len(sequence) for sequence in sequences], rules)
         logger.info(packing.describe())
-        scored = score_sequences(model, sequences, packing, run)
+        scored = score_sequences(model, sequences, packing, session)
         with together():
             if world.rank == 0:
                 _report(scored, answers)
@@ -138,11 +138,11 @@ def _limits(config: Config, architecture: Architecture) -> str:
     return "the model's position limit or sliding window"
 
 
-def _check_servers(run: Run, logs: Path) -> None:
+def _check_servers(session: Session, logs: Path) -> None:
     """What would be found only when the servers start, which is after the model was read."""
-    if run.config.generation.urls:
+    if session.config.generation.urls:
         return
-    make_servers(run.config, run.folder.hugging_face, logs)
+    make_servers(session.config, session.folder.hugging_face, logs)
     there = next(path for path in (logs.absolute(), *logs.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         what = "cannot be written to" if there.is_dir() else "is not a folder"
@@ -151,23 +151,23 @@ def _check_servers(run: Run, logs: Path) -> None:
 
 
 def _sample(
-    model: ParallelModel, prompts: Sequence[Prompt], stop: tuple[int, ...], run: Run, logs: Path
+    model: ParallelModel, prompts: Sequence[Prompt], stop: tuple[int, ...], session: Session, logs: Path
 ) -> list[Answer]:
     """The answers, prompt by prompt, on rank 0; an empty list on the others."""
-    config, n = run.config, run.config.generation.n
+    config, n = session.config, session.config.generation.n
     sampling = Sampling(
         max_tokens=config.generation.max_tokens,
         temperature=config.log_prob.temperature,
         stop_token_ids=stop,
         seed=config.seed if config.generation.seeded else None,
     )
-    with Sampler(config, run.world, model, run.folder.hugging_face, logs) as sampler:
+    with Sampler(config, session.world, model, session.folder.hugging_face, logs) as sampler:
         sampler.start()
         started = time.perf_counter()
         sent = sampler.sync(_VERSION)
         logger.info("sent %.1f MB of weights in %.1f s", sent.nbytes / 1e6, time.perf_counter() - started)
         started = time.perf_counter()
-        with progress(config.logging, run.world.rank, len(prompts) * n, "sampling") as advance:
+        with progress(config.logging, session.world.rank, len(prompts) * n, "sampling") as advance:
             answers = sampler.generate(prompts, sampling, n, lambda _: advance())
         seconds, tokens = time.perf_counter() - started, sum(len(answer.token_ids) for answer in answers)
         logger.info(

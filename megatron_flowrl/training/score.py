@@ -10,14 +10,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Generic, TypeVar
 
 from megatron_flowrl.checkpoint.load import load_weights
-from megatron_flowrl.checkpoint.locate import ModelFolder, locate_model
 from megatron_flowrl.checkpoint.sources import WeightSource, open_source
-from megatron_flowrl.config import Config, UserError, check_config, data_parallel_size
+from megatron_flowrl.config import Config, UserError
 from megatron_flowrl.data.batch import TokenSequence
 from megatron_flowrl.data.jsonl import read_sequences
 from megatron_flowrl.data.packing import PackingPlan
@@ -26,16 +25,15 @@ from megatron_flowrl.model.architecture import Architecture, read_architecture
 from megatron_flowrl.model.build import ParallelModel, build_parallel_model, freeze
 from megatron_flowrl.model.layout import check_layout, max_sequence_length
 from megatron_flowrl.observe.log import logger, progress
-from megatron_flowrl.platform import Platform, check_platform, current_platform
 from megatron_flowrl.platform.distributed import (
     World,
     alike,
     check_agreement,
-    process_groups,
     together,
 )
 from megatron_flowrl.training.passes import ScoredTokens, forward_only, gather_tokens, local_batches
 from megatron_flowrl.training.plan import packing_rules, plan
+from megatron_flowrl.training.session import Session, prepared
 
 _TEMPORARY = ".megatron-flowrl."
 _T = TypeVar("_T")
@@ -48,25 +46,26 @@ def score(config: Config, world: World, input_path: str, output_path: str) -> No
     that is not finite is null. Everything the user gave is checked before the model is built; the output appears
     whole or not at all. Raises UserError.
     """
-    with prepared(config, world) as run:
+    with prepared(config, world) as session:
 
         def read(architecture: Architecture) -> list[TokenSequence]:
             return read_sequences(
                 input_path,
                 vocab_size=architecture.vocab_size,
-                max_length=max_sequence_length(architecture, run.config),
-                encode=lambda: load_encode(run.tokenizer),
+                max_length=max_sequence_length(architecture, session.config),
+                encode=lambda: load_encode(session.tokenizer),
             )
 
-        checked = check_inputs(run, input_path, output_path, read)
+        checked = check_inputs(session, input_path, output_path, read)
         sequences = checked.content
         with alike():
-            packing = plan([len(s) for s in sequences], packing_rules(run.config, checked.architecture, run.replicas))
-        logger.info("%s, %s", run.layout(), packing.describe())
+            rules = packing_rules(session.config, checked.architecture, session.replicas)
+            packing = plan([len(s) for s in sequences], rules)
+        logger.info("%s, %s", session.layout(), packing.describe())
 
-        model = load_frozen(run, checked)
+        model = load_frozen(session, checked)
         started = time.perf_counter()
-        scored = score_sequences(model, sequences, packing, run)
+        scored = score_sequences(model, sequences, packing, session)
         seconds = time.perf_counter() - started
         with together():
             if world.rank == 0:
@@ -79,32 +78,6 @@ def score(config: Config, world: World, input_path: str, output_path: str) -> No
 
 
 @dataclass(frozen=True)
-class Run:
-    """A command's settings, checked and with the model's path resolved, and where it runs."""
-
-    config: Config
-    world: World
-    folder: ModelFolder
-    replicas: int  # the data-parallel size
-    platform: Platform
-
-    @property
-    def tokenizer(self) -> str | Path:
-        """The folder of the tokenizer, for text."""
-        return self.config.data.tokenizer or self.folder.hugging_face
-
-    def layout(self) -> str:
-        """The ranks and how they share the work, for people."""
-        p = self.config.parallel
-        chunks = f" (VPP{p.virtual_pipeline_model_parallel_size})" if p.virtual_pipeline_model_parallel_size else ""
-        sequence = " (SP)" if p.sequence_parallel else ""
-        return (
-            f"{self.world.size} rank{'s' * (self.world.size > 1)} = TP{p.tensor_model_parallel_size}{sequence} x "
-            f"PP{p.pipeline_model_parallel_size}{chunks} x CP{p.context_parallel_size} x DP{self.replicas}"
-        )
-
-
-@dataclass(frozen=True)
 class Checked(Generic[_T]):
     """What `check_inputs` has found to be good: the model's shape, its weights, still unread, and the input."""
 
@@ -113,53 +86,40 @@ class Checked(Generic[_T]):
     content: _T
 
 
-@contextmanager
-def prepared(config: Config, world: World) -> Iterator[Run]:
-    """Check the settings, find the model, and be in the process groups for the block. Raises SharedUserError."""
-    with alike():
-        check_config(config)
-        folder = locate_model(config.model.path)  # once: a run that goes on may save meanwhile
-        config = replace(config, model=replace(config.model, path=str(folder.checkpoint or config.model.path)))
-        replicas = data_parallel_size(config.parallel, world.size)
-    platform = current_platform(world.local_rank)
-    check_platform(config, platform)
-    logger.info(platform.describe())
-    with process_groups(world, config.parallel, platform, config.seed):
-        yield Run(config, world, folder, replicas, platform)
-
-
-def check_inputs(run: Run, input_path: str, output_path: str, read: Callable[[Architecture], _T]) -> Checked[_T]:
+def check_inputs(
+    session: Session, input_path: str, output_path: str, read: Callable[[Architecture], _T]
+) -> Checked[_T]:
     """Look at all the user gave before anything is built; `read` brings the input file's content on every rank.
 
     Raises SharedUserError, also where ranks see different files.
     """
     with together():
-        architecture = read_architecture(run.folder.hugging_face)
-        check_layout(architecture, run.config)
-        if run.world.rank == 0:  # the one that writes
+        architecture = read_architecture(session.folder.hugging_face)
+        check_layout(architecture, session.config)
+        if session.world.rank == 0:  # the one that writes
             check_output(input_path, output_path)
-        source = open_source(run.config, architecture)
+        source = open_source(session.config, architecture)
         content = read(architecture)
     check_agreement(f"--input {input_path!r}", content)
-    check_agreement("the checkpoint that the path leads to", run.config.model.path)
-    check_agreement(f"{run.folder.hugging_face}/config.json", architecture)
+    check_agreement("the checkpoint that the path leads to", session.config.model.path)
+    check_agreement(f"{session.folder.hugging_face}/config.json", architecture)
     return Checked(architecture, source, content)
 
 
-def load_frozen(run: Run, checked: Checked[Any]) -> ParallelModel:
+def load_frozen(session: Session, checked: Checked[Any]) -> ParallelModel:
     """This rank's part of the model, with its weights, for passes without gradients."""
-    model = freeze(build_parallel_model(checked.architecture, run.config, run.platform))
+    model = freeze(build_parallel_model(checked.architecture, session.config, session.platform))
     load_weights(model, checked.source)
     return model
 
 
 def score_sequences(
-    model: ParallelModel, sequences: Sequence[TokenSequence], packing: PackingPlan, run: Run
+    model: ParallelModel, sequences: Sequence[TokenSequence], packing: PackingPlan, session: Session
 ) -> ScoredTokens:
     """Log-probs, and entropies where log_prob.entropy asks for them, on every rank. All ranks call it together."""
-    batches = local_batches(sequences, packing, 0, run.platform.device)
-    settings, entropy = run.config.log_prob, run.config.log_prob.entropy
-    with progress(run.config.logging, run.world.rank, len(batches) * len(model.chunks), "scoring") as advance:
+    batches = local_batches(sequences, packing, 0, session.platform.device)
+    settings, entropy = session.config.log_prob, session.config.log_prob.entropy
+    with progress(session.config.logging, session.world.rank, len(batches) * len(model.chunks), "scoring") as advance:
         outputs = forward_only(
             model.chunks, batches, settings, entropy="detached" if entropy else "none", on_micro_batch=advance
         )

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_flowrl.config import UserError
-from megatron_flowrl.training import score
+from megatron_flowrl.training import score, session
 from tests.training.conftest import TORCHRUN, Run
 from tests.training.score_inputs import (
     BAD_INPUTS,
@@ -143,7 +143,7 @@ def test_a_problem_that_only_the_second_rank_meets_before_they_are_joined_is_tol
     def current_platform(local_rank: int) -> NoReturn:
         raise UserError(f"local rank {local_rank} has no GPU")
 
-    monkeypatch.setattr(score, "current_platform", current_platform)
+    monkeypatch.setattr(session, "current_platform", current_platform)
     command.environment = dict(zip(TORCHRUN, ("1", "2", "1", "localhost", "1"), strict=True))
     outcome = run(command)
     assert outcome.status == 2 and "local rank 1 has no GPU" in outcome.err
