@@ -5,7 +5,7 @@ VENV ?= .venv
 VENV_LATEST ?= .venv-latest
 REQUIREMENTS := requirements/cpu.txt requirements/dev.txt
 
-.PHONY: install test test-latest lint bench clean
+.PHONY: install test test-latest lint bench figure1 clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test-latest  the distributed core tests on Python 3.12 and Megatron-Core 0.19.2"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench        run the benchmarks; each prints JSON and a table"
+	@echo "make figure1      distribution matching on tasks that can be counted: table and figures, ten minutes"
 
 install: $(VENV)/.installed
 test: $(VENV)/.installed
@@ -29,6 +30,9 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	for script in benchmarks/*.py; do $(VENV)/bin/python $$script || exit 1; done
+
+figure1: $(VENV)/.installed
+	$(VENV)/bin/python -m examples.distribution_matching $(ARGS)
 
 $(VENV)/.installed: $(REQUIREMENTS) requirements/vllm.txt setup.py
 	$(PYTHON) -m venv $(VENV)
