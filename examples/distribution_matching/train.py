@@ -19,26 +19,14 @@ from examples.distribution_matching.model import (
     write_architecture,
 )
 from examples.distribution_matching.tasks import Task, distance
-from megatron_flowrl.checkpoint.load import load_weights
 from megatron_flowrl.checkpoint.sources import open_source
 from megatron_flowrl.config import Config
 from megatron_flowrl.model.architecture import read_architecture
-from megatron_flowrl.model.build import build_parallel_model, wrap_for_training
 from megatron_flowrl.platform import current_platform
 from megatron_flowrl.platform.distributed import World, process_groups
-from megatron_flowrl.training.critic import Critic
-from megatron_flowrl.training.experience import (
-    gather_experience,
-    needs_old_pass,
-    with_old_pass,
-    with_reference_pass,
-)
+from megatron_flowrl.training.experience import gather_experience
 from megatron_flowrl.training.objective import build_objective
-from megatron_flowrl.training.optimizer import Optimizer
-from megatron_flowrl.training.plan import packing_rules, plan
-from megatron_flowrl.training.reference import build_reference
-from megatron_flowrl.training.schedule import build_schedule
-from megatron_flowrl.training.update import Updater
+from megatron_flowrl.training.trainer import Trainer
 
 MEASUREMENTS = 30  # over a run, for the course of the KL divergence
 
@@ -47,22 +35,12 @@ class Run:
     """The policy and all that trains it."""
 
     def __init__(self, task: Task, name: str, schedule: Schedule, config: Config, seed: int) -> None:
-        self.task, self.schedule, self.config = task, schedule, config
+        self.task, self.schedule, self.config, self.skipped_updates = task, schedule, config, 0
         platform = current_platform()
-        self._device = platform.device
-        self._objective = build_objective(config)
         architecture = read_architecture(config.model.path)
-        needs = self._objective.needs
-        model = build_parallel_model(architecture, config, platform, log_z=needs.log_z)
         source = open_source(config, architecture)
-        load_weights(model, source)
-        self.model = wrap_for_training(model, config)
-        self._optimizer = Optimizer(self.model, config)
-        self._schedule = build_schedule(self._optimizer.megatron, config.optimizer)
-        self.updater = Updater(self.model, self._optimizer, self._objective, config, self._device)
-        self._reference = build_reference(self.model, source, config, platform) if needs.reference else None
-        self._critic = Critic(architecture, source, config, platform) if needs.values else None
-        self._rules = packing_rules(config, architecture, 1)
+        self.trainer = Trainer(architecture, source, build_objective(config), config, platform, data_parallel_size=1)
+        self.model = self.trainer.model
         self._generator = torch.Generator().manual_seed(seed)
         log_target = task.log_target
         self._rewards = log_target if METHODS[name].reward == "log_target" else log_target.exp()
@@ -70,29 +48,14 @@ class Run:
     def step(self, number: int) -> None:
         """Sample answers, reward them, update once for each mini-batch."""
         task, count, parts = self.task, self.schedule.samples, self.schedule.mini_batches
-        self._schedule.step(1)
         sequences = sample(self.model, task, count, self._generator)
         prompts = [index // count for index in range(len(sequences))]
         columns = [task.column[sequence.response] for sequence in sequences]
         rewards = self._rewards[prompts, columns].tolist()
         experience = gather_experience(sequences, rewards, prompts, self.config)
         # Every mini-batch has its share of each prompt's answers.
-        packing = plan([len(s) for s in sequences], self._rules, [index % parts for index in range(len(sequences))])
-        if needs_old_pass(self._objective.needs, packing, self.config):
-            experience = with_old_pass(
-                experience, self.model.chunks, packing, self.config, self._device, self._objective.needs
-            )
-        if self._reference is not None:
-            with self._reference.active() as chunks:
-                experience = with_reference_pass(experience, chunks, packing, self.config, self._device)
-        if self._critic is not None:
-            self._critic.schedule.step(1)
-            experience = self._critic.with_values(experience, packing)
-        constants = self.updater.prepare(experience, packing, step=number)
-        for mini_batch in range(parts):
-            self.updater.update(constants, mini_batch)
-            if self._critic is not None:
-                self._critic.update(experience, constants, mini_batch)
+        trained = self.trainer.step(number, experience, [index % parts for index in range(len(sequences))])
+        self.skipped_updates += int(trained.metrics["update/skipped_updates"])
 
     def log_z_error(self) -> float | None:
         """Mean over prompts of |learned log Z - truth|; None where nothing learns it."""
@@ -121,5 +84,5 @@ def train(
                     log_probs = answer_log_probs(run.model, task)
                     course.append((step, distance(task, log_probs).kl_target_policy))
             figures = {**asdict(distance(task, log_probs)), "log_z_error": run.log_z_error()}
-            skipped = run.updater.skipped_steps
+            skipped = run.skipped_updates
     return Outcome(figures, course, log_probs.exp(), skipped, time.perf_counter() - started)

@@ -1,7 +1,9 @@
-"""The folder of a run's checkpoints: one folder a step, and `latest`, a file that names the newest whole one."""
+"""The folder of a run's checkpoints: one folder a step; `latest` and `best`, files that name the newest whole one and
+the one that an evaluation liked best."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -10,7 +12,7 @@ from megatron_flowrl.checkpoint.manifest import MANIFEST_FILE
 from megatron_flowrl.config import UserError
 from megatron_flowrl.platform.atomic import final_path, partial_path, partials_in, publish, remove, write_file
 
-LATEST_FILE = "latest"
+LATEST_FILE, BEST_FILE = "latest", "best"
 _STEP = re.compile(r"step_(\d{8,})")
 _REPLACED = "replaced"
 
@@ -61,6 +63,19 @@ class CheckpointFolder:
         """Name a step in `latest`."""
         write_file(self.root / LATEST_FILE, self.path_of(step).name + "\n")
 
+    def best(self) -> tuple[int, float] | None:
+        """The step that `best` names, and its reward; None without the file, or where it cannot be understood."""
+        try:
+            record = json.loads((self.root / BEST_FILE).read_text(encoding="utf-8"))
+            match = _STEP.fullmatch(record["checkpoint"])
+            return (int(match[1]), float(record["reward"])) if match else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def point_to_best(self, step: int, reward: float) -> None:
+        """Name a step in `best`, which keeps it from being deleted."""
+        write_file(self.root / BEST_FILE, json.dumps({"checkpoint": self.path_of(step).name, "reward": reward}) + "\n")
+
     def set_aside(self, step: int) -> Path:
         """Give a damaged checkpoint a name under which it is neither tried again nor counted."""
         aside = self.root / f"damaged_{self.path_of(step).name}"
@@ -70,8 +85,10 @@ class CheckpointFolder:
         return aside
 
     def prune(self, keep: int) -> list[int]:
-        """Delete all but the newest `keep`, never the one that `latest` names; returns the deleted steps."""
-        doomed = [step for step in self.steps()[:-keep] if step != self.latest()]
+        """Delete all but the newest `keep`, never those that `latest` and `best` name; returns the deleted steps."""
+        best = self.best()
+        kept = (self.latest(), best[0] if best is not None else None)
+        doomed = [step for step in self.steps()[:-keep] if step not in kept]
         for step in doomed:
             remove(self.path_of(step))
         return doomed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,15 @@ class Resumed:
     progress: dict[str, int]
 
 
-def resume(state: TrainingState, root: Path, config: Config) -> Resumed | None:
+def resume(state: TrainingState, root: Path, config: Config, steps_of: Collection[int] | None = None) -> Resumed | None:
     """Load the newest good checkpoint of a run into `state`; None where there is no checkpoint at all.
 
-    A damaged one is named and passed over. Called by all ranks together. Raises UserError, on every rank, where no
+    `steps_of`: only checkpoints of these steps. A damaged one is named and passed over. Called by all ranks together. Raises UserError, on every rank, where no
     checkpoint is good, the model is another one, or the optimizer's state is missing and
     `checkpoint.load_optim` does not say that this is meant.
     """
     folder = CheckpointFolder(root)
-    steps = [folder.steps()[::-1]]
+    steps = [[step for step in folder.steps()[::-1] if steps_of is None or step in steps_of]]
     dist.broadcast_object_list(steps, src=0)
     damages: list[str] = []
     for step in steps[0]:

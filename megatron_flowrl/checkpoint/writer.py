@@ -67,6 +67,7 @@ class _Save:
     step: int
     partial: Path
     started: float
+    best: float | None
 
     @property
     def reserve(self) -> Path:
@@ -98,10 +99,10 @@ class CheckpointWriter:
                 self._lock = _lock(root / _LOCK_FILE)
                 self._folder.sweep()
 
-    def save(self, state: TrainingState, step: int, progress: Mapping[str, int]) -> None:
+    def save(self, state: TrainingState, step: int, progress: Mapping[str, int], best: float | None = None) -> None:
         """Begin to save; the state may change as soon as this returns. Waits for a save that is still under way.
 
-        Without `checkpoint.async_save` it returns when the save is on disk or has failed.
+        `best`: the reward that makes it the best so far, to be named as that. Without `checkpoint.async_save` it returns when the save is on disk or has failed.
         """
         if self._pending is not None:
             logger.info("step %d waits for the checkpoint of step %d", step, self._pending.step)
@@ -112,7 +113,7 @@ class CheckpointWriter:
         try:
             with weights_in_place(state.model.chunks):
                 sharded = state.sharded_state_dict()
-                self._pending = _Save(step, partial_path(self._folder.path_of(step), token[0]), begun)
+                self._pending = _Save(step, partial_path(self._folder.path_of(step), token[0]), begun, best)
                 self._begin(self._pending, sharded)
                 self._schedule(self._pending, sharded, state, progress)
         except SharedUserError as error:
@@ -173,7 +174,7 @@ class CheckpointWriter:
             versions=versions(),
         )
         request.finalize_fns.insert(0, lambda: pending.reserve.unlink(missing_ok=True))
-        request.add_finalize_fn(partial(self._commit, partial_folder, pending.step, manifest))
+        request.add_finalize_fn(partial(self._commit, partial_folder, pending, manifest))
         self._queue.schedule_async_request(request)
 
     def _finish(self, *, blocking: bool) -> None:
@@ -195,7 +196,7 @@ class CheckpointWriter:
             "checkpoint %s written in %.1f s", self._folder.path_of(pending.step), time.perf_counter() - pending.started
         )
 
-    def _commit(self, partial_folder: Path, step: int, manifest: Callable[..., Manifest]) -> None:
+    def _commit(self, partial_folder: Path, pending: _Save, manifest: Callable[..., Manifest]) -> None:
         """Runs on all ranks once all of them have written their files, and Megatron its own."""
         with together(), self._disk():
             if dist.get_rank() == 0:
@@ -205,7 +206,9 @@ class CheckpointWriter:
                 write_manifest(
                     partial_folder, manifest(files=record_files(partial_folder, _take_records(partial_folder)))
                 )
-                self._folder.commit(partial_folder, step)
+                self._folder.commit(partial_folder, pending.step)
+                if pending.best is not None:
+                    self._folder.point_to_best(pending.step, pending.best)
 
     def _give_up(self, step: int, reason: str) -> None:
         pending, self._pending = self._pending, None

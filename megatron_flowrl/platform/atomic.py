@@ -47,9 +47,14 @@ def sync(path: Path) -> None:
 
 def write_file(path: Path, content: str) -> None:
     """Replace a file's content in one step."""
+    write_bytes(path, content.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file's content in one step."""
     partial = partial_path(path, str(os.getpid()))
     try:
-        partial.write_text(content, encoding="utf-8")
+        partial.write_bytes(content)
         sync(partial)
         os.replace(partial, path)
         sync(path.parent)

@@ -147,6 +147,20 @@ def check_agreement(what: str, content: object) -> None:
         raise SharedUserError(f"{what} is not the same on rank 0 and on rank {', '.join(map(str, others[:8]))}")
 
 
+def broadcast_bytes(content: bytes | None, group: dist.ProcessGroup) -> bytes | None:
+    """Rank 0's bytes, or None, on every rank of a gloo group of all; memory for them twice."""
+    size = torch.tensor(-1 if content is None else len(content), dtype=torch.int64)
+    dist.broadcast(size, src=0, group=group)
+    if size < 0:
+        return None
+    buffer = torch.empty(int(size), dtype=torch.uint8)
+    if content is not None:
+        buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    if len(buffer):
+        dist.broadcast(buffer, src=0, group=group)
+    return content if dist.get_rank() == 0 else buffer.numpy().tobytes()
+
+
 def layout_of() -> dict[str, int]:
     """The sizes of the groups that were made."""
     from megatron.core import parallel_state
