@@ -49,10 +49,6 @@ def test_a_record_comes_back_as_it_was() -> None:
     assert found.answer_log_probs()[2] == [torch.tensor(-1e-8).item()]
 
 
-def test_the_same_record_is_the_same_bytes() -> None:
-    assert make_record().encode() == make_record().encode()
-
-
 def test_a_step_without_answers_can_be_recorded() -> None:
     empty = replace(
         make_record(),
