@@ -31,9 +31,9 @@ class Resumed:
 def resume(state: TrainingState, root: Path, config: Config, steps_of: Collection[int] | None = None) -> Resumed | None:
     """Load the newest good checkpoint of a run into `state`; None where there is no checkpoint at all.
 
-    `steps_of`: only checkpoints of these steps. A damaged one is named and passed over. Called by all ranks together. Raises UserError, on every rank, where no
-    checkpoint is good, the model is another one, or the optimizer's state is missing and
-    `checkpoint.load_optim` does not say that this is meant.
+    `steps_of`: only checkpoints of these steps. A damaged one is named and passed over. Called by all ranks together.
+    Raises UserError, on every rank, where no checkpoint is good, the model is another one, or the optimizer's state is
+    missing and `checkpoint.load_optim` does not say that this is meant.
     """
     folder = CheckpointFolder(root)
     steps = [[step for step in folder.steps()[::-1] if steps_of is None or step in steps_of]]

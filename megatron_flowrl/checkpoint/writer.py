@@ -102,7 +102,8 @@ class CheckpointWriter:
     def save(self, state: TrainingState, step: int, progress: Mapping[str, int], best: float | None = None) -> None:
         """Begin to save; the state may change as soon as this returns. Waits for a save that is still under way.
 
-        `best`: the reward that makes it the best so far, to be named as that. Without `checkpoint.async_save` it returns when the save is on disk or has failed.
+        `best`: the reward that makes it the best so far, to be named as that. Without `checkpoint.async_save` it
+        returns when the save is on disk or has failed.
         """
         if self._pending is not None:
             logger.info("step %d waits for the checkpoint of step %d", step, self._pending.step)
