@@ -34,10 +34,12 @@ bench: $(VENV)/.installed
 figure1: $(VENV)/.installed
 	$(VENV)/bin/python -m examples.distribution_matching $(ARGS)
 
-$(VENV)/.installed: $(REQUIREMENTS) requirements/vllm.txt setup.py
+$(VENV)/.installed: $(REQUIREMENTS) requirements/vllm.txt requirements/reasoning-gym.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(call fill,$(VENV))
 	$(VENV)/bin/python -m pip install --quiet --no-deps -r requirements/vllm.txt
+	$(VENV)/bin/python -m pip install --quiet --no-deps -r requirements/reasoning-gym.txt \
+		|| echo "reasoning-gym was not installed (it needs a C compiler); everything but its grader works without it"
 	touch $@
 
 $(VENV_LATEST)/.installed: $(REQUIREMENTS) setup.py

@@ -21,9 +21,12 @@ setup(
         "aiohttp>=3.10",
         "megatron-core>=0.16.1",
         "psutil",
+        "pyarrow>=18",
         "pydantic>=2.11",
         "PyYAML>=6.0",
         "safetensors>=0.5",
+        "sentencepiece>=0.2",
+        "tensorboard>=2.18",
         "torch>=2.9",
         "tqdm",
         "transformers>=5.16,<5.20",
@@ -37,6 +40,11 @@ setup(
         # Inside NVIDIA's PyTorch container, whose torch satisfies the requirement above. NVIDIA's Apex is built from
         # source and optional; the `apex` of the Python package index is another project.
         "gpu": ["transformer-engine[pytorch]>=2.8"],
+        "report": ["matplotlib>=3.9"],
+        "hub": ["datasets>=3"],
+        # Graders.
+        "math": ["math-verify==0.9.0"],
+        "reasoning-gym": ["reasoning-gym==0.1.25"],
         "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "types-PyYAML"],
     },
     entry_points={

@@ -1,0 +1,29 @@
+"""Where in a response the final answer stands."""
+
+from __future__ import annotations
+
+MARK = "Answer:"
+_OPEN, _CLOSE = "<answer>", "</answer>"
+
+
+def marked_answer(response: str) -> str | None:
+    """The text after the last `Answer:`, or None where there is none."""
+    _, mark, after = response.rpartition(MARK)
+    return after.partition(_CLOSE)[0].strip() if mark else None
+
+
+def tagged_answer(response: str) -> str | None:
+    """What stands in the last `<answer>` that is closed by `</answer>`, or None where none is."""
+    before, closed, _ = response.rpartition(_CLOSE)
+    _, opened, inside = before.rpartition(_OPEN)
+    return inside.strip() if closed and opened else None
+
+
+def first_line(text: str) -> str:
+    """The first line that is not blank."""
+    return text.strip().partition("\n")[0].strip()
+
+
+def last_line(text: str) -> str:
+    """The last line that is not blank."""
+    return text.strip().rpartition("\n")[2].strip()
