@@ -49,6 +49,30 @@ Only then the sections rollout and generation are read.
 """
 
 
+_TRAIN = """Train a policy: FlowRL, or a method it is compared with (objective.name).
+
+  megatron-flowrl train recipe.yaml run.folder=runs/one
+  torchrun --nproc_per_node 8 -m megatron_flowrl train recipe.yaml run.folder=runs/one \\
+      parallel.tensor_model_parallel_size=2
+
+The same command goes on from what is in run.folder:
+
+  checkpoints/    one a save; `latest`, and `best` by evaluation
+  rollouts/       every step's answers, written before they are used
+  metrics.jsonl   a line a step; samples.jsonl: some answers; tensorboard/: the same, and histograms
+  config.yaml     every setting; logs/: what the servers say
+"""
+_SFT = """Supervised training on given responses: a warm start.
+
+  megatron-flowrl sft recipe.yaml run.folder=runs/start sft.path=responses.jsonl
+
+Rows are {"prompt": text, messages or token ids, "response": text or token ids}; run.steps counts updates. Go on with
+`megatron-flowrl train recipe.yaml model.path=runs/start/checkpoints`.
+"""
+_REPORT = """One HTML file, with everything in it, about one run or several beside one another.
+
+  megatron-flowrl report runs/flowrl runs/grpo --output report.html
+"""
 _CONVERT = """Between Hugging Face folders and checkpoints of this program.
 
   hf-to-megatron HF_DIR OUT_DIR   a checkpoint of step 0 in the new folder OUT_DIR; weights keep the dtype of the
@@ -76,6 +100,15 @@ _CONVERT_SECTIONS = ("seed", "model", "parallel", "precision", "logging")
 _EXPORT_SECTIONS = ("model", "parallel", "logging")
 _INSPECT_SECTIONS = ("logging",)
 
+_SFT_SECTIONS = (
+    "seed", "run", "model", "parallel", "ddp", "precision", "recompute", "optimizer", "prompts", "data", "log_prob",
+    "evaluation", "sft", "checkpoint", "tracking", "logging",
+)  # fmt: skip
+_TRAIN_SECTIONS = (
+    "seed", "run", "model", "parallel", "ddp", "precision", "recompute", "optimizer", "objective", "flowrl", "log_z",
+    "policy_gradient", "critic", "sampler_correction", "prompts", "reward", "data", "log_prob", "reference", "rollout",
+    "generation", "evaluation", "checkpoint", "tracking", "logging",
+)  # fmt: skip
 _SCORE_SECTIONS = ("seed", "model", "parallel", "precision", "data", "log_prob", "logging")
 _COMPARE_SECTIONS = (*_SCORE_SECTIONS, "rollout", "generation")
 
@@ -89,7 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "command",
         choices=tuple(_COMMANDS),
-        help="score: log-probs of given responses; convert: between Hugging Face and Megatron; serve: vLLM servers",
+        help="train: reinforcement learning; sft: supervised training; report: runs as HTML; score: log-probs of given "
+        "responses; convert: between Hugging Face and Megatron; serve: vLLM servers",
     )
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its arguments; see COMMAND --help")
     parsed = parser.parse_args(arguments)
@@ -103,7 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _print(error)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("megatron-flowrl: interrupted; no file or folder was finished", file=sys.stderr)
+        goes_on = parsed.command in ("train", "sft")
+        what = "the same command goes on from the newest checkpoint" if goes_on else "no file or folder was finished"
+        print(f"megatron-flowrl: interrupted; {what}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -138,6 +174,51 @@ def _score(arguments: Sequence[str]) -> None:
     from megatron_flowrl.training.score import score  # Megatron, which talks while it loads, only now
 
     score(config, world, given.input, given.output)
+
+
+def _train(arguments: Sequence[str]) -> None:
+    config, world = _run_settings("train", _TRAIN, _TRAIN_SECTIONS, arguments)
+    from megatron_flowrl.training.loop import train
+
+    train(config, world)
+
+
+def _sft(arguments: Sequence[str]) -> None:
+    config, world = _run_settings("sft", _SFT, _SFT_SECTIONS, arguments)
+    from megatron_flowrl.training.sft import sft
+
+    sft(config, world)
+
+
+def _run_settings(
+    name: str, description: str, sections: Sequence[str], arguments: Sequence[str]
+) -> tuple[Config, World]:
+    parser = _command_parser(name, description, sections, recipe_first=True)
+    given = parser.parse_intermixed_args(arguments)
+    recipes = [text for text in given.overrides if "=" not in text]
+    if len(recipes) > 1 or (recipes and given.recipe is not None):
+        parser.error(f"one recipe is wanted, and {', '.join([*recipes, *filter(None, [given.recipe])])} were given")
+    if recipes:
+        given.recipe, given.overrides = recipes[0], [text for text in given.overrides if "=" in text]
+    return _settings(name, given, sections)
+
+
+def _report(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="megatron-flowrl report",
+        description=_REPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument("--output", metavar="FILE", help="default: report.html in the first run's folder")
+    given = parser.parse_args(arguments)
+    from megatron_flowrl.observe.report import write_report
+
+    runs = [Path(run) for run in given.runs]
+    output = Path(given.output) if given.output else runs[0] / "report.html"
+    write_report(runs, output)
+    print(output)
 
 
 def _serve(arguments: Sequence[str]) -> None:
@@ -215,7 +296,9 @@ def _bytes(text: str) -> int:
     return size
 
 
-def _command_parser(name: str, description: str, sections: Sequence[str], *positionals: str) -> argparse.ArgumentParser:
+def _command_parser(
+    name: str, description: str, sections: Sequence[str], *positionals: str, recipe_first: bool = False
+) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"megatron-flowrl {name}",
         description=description,
@@ -225,7 +308,9 @@ def _command_parser(name: str, description: str, sections: Sequence[str], *posit
     )
     for positional in positionals:
         parser.add_argument(positional)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, over the recipe's")
+    what = "a recipe, and settings over its own" if recipe_first else "settings, over the recipe's"
+    metavar = "recipe.yaml | section.key=value" if recipe_first else "section.key=value"
+    parser.add_argument("overrides", nargs="*", metavar=metavar, help=what)
     parser.add_argument("--recipe", metavar="FILE", help="YAML file of settings")
     return parser
 
@@ -244,4 +329,11 @@ def _settings(
     return config, world
 
 
-_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"score": _score, "convert": _convert, "serve": _serve}
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": _train,
+    "sft": _sft,
+    "report": _report,
+    "score": _score,
+    "convert": _convert,
+    "serve": _serve,
+}

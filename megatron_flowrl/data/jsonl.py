@@ -1,19 +1,18 @@
-"""Prompts and responses from a JSONL file: token ids, or text with a tokenizer. Every line is checked as it is read."""
+"""Prompts and responses from a JSONL file, a line out for every line in: token ids, or text with a tokenizer."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from megatron_flowrl.config import UserError
 from megatron_flowrl.data.batch import TokenSequence
+from megatron_flowrl.data.rows import BadRow, Row, lines_of, read_rows, refuse, short
 
 Encode = Callable[[str, bool], list[int]]  # (text, whether special tokens such as BOS are added) -> token ids
-_MOST_PROBLEMS = 10
-_T = TypeVar("_T")
 
 
 def read_prompts(
@@ -23,8 +22,9 @@ def read_prompts(
 
     How long a prompt may be is for the caller, who knows what has to follow it. Raises UserError.
     """
-    reader = _LineReader(vocab_size, encode)
-    return _read(Path(path), reader.prompt, "{'prompt': [...]}")
+    tokens = TokenReader(vocab_size, encode)
+    nothing = f"{path} has no lines: give at least one {{'prompt': [...]}}"
+    return read_rows(lines_of(Path(path)), lambda row, _: tokens.prompt(*_columns(row, "prompt")), nothing)
 
 
 def read_sequences(
@@ -38,114 +38,68 @@ def read_sequences(
     A prompt has at least one token: the first response token's log-prob is conditional on what stands before it. A
     response may be empty; its log-prob is 0. Raises UserError naming every bad line (the first ten).
     """
-    reader = _LineReader(vocab_size, encode)
-    return _read(Path(path), lambda line: reader.sequence(line, max_length), "{'prompt': [...], 'response': [...]}")
+    tokens = TokenReader(vocab_size, encode)
+
+    def read(row: Row, _: str) -> TokenSequence:
+        prompt, response = _columns(row, "prompt", "response")
+        sequence = TokenSequence(tokens.prompt(prompt), tokens.ids("response", response, special=False))
+        if len(sequence) > max_length:
+            raise BadRow(
+                f"prompt + response has {len(sequence)} tokens; the model takes {max_length} "
+                "(its position limit, its sliding window or model.max_sequence_length)"
+            )
+        return sequence
+
+    nothing = f"{path} has no lines: give at least one {{'prompt': [...], 'response': [...]}}"
+    return read_rows(lines_of(Path(path)), read, nothing)
 
 
 def refuse_lines(path: str | os.PathLike[str], problems: Sequence[tuple[int, str]]) -> None:
     """Raise UserError with what is wrong with lines of a file, by their numbers from 1 (the first ten)."""
-    if problems:
-        told = [f"{path}:{number}: {problem}" for number, problem in problems[:_MOST_PROBLEMS]]
-        left_out = len(problems) - _MOST_PROBLEMS
-        raise UserError(*told, *([f"{path}: {left_out} more bad lines"] if left_out > 0 else []))
+    refuse([f"{path}:{number}: {problem}" for number, problem in problems])
 
 
-def _read(path: Path, read: Callable[[bytes], _T], example: str) -> list[_T]:
-    found, problems = [], []
-    for number, line in _lines(path):
-        try:
-            found.append(read(line))
-        except _BadLine as error:
-            problems.append((number, str(error)))
-    if not found and not problems:
-        raise UserError(f"{path} has no lines: give at least one {example}")
-    refuse_lines(path, problems)
-    return found
+class TokenReader:
+    """Token ids of what stands in a column. `encode` gets the tokenizer, when there is text."""
 
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    try:
-        with path.open("rb") as file:
-            blank: list[tuple[int, bytes]] = []
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield from blank
-                    blank.clear()
-                    yield number, line
-                else:  # at the end of a file it does no harm; elsewhere lines out would not match lines in
-                    blank.append((number, line))
-    except FileNotFoundError:
-        raise UserError(f"input file {str(path)!r} does not exist") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"input file {str(path)!r} cannot be read: {reason}") from None
-
-
-class _BadLine(Exception):
-    pass
-
-
-class _LineReader:
     def __init__(self, vocab_size: int, encode: Callable[[], Encode]) -> None:
-        self._vocab_size = vocab_size
-        self._make_encode = encode
-        self._encode: Encode | None = None
+        self._vocab_size, self._encode = vocab_size, cache(encode)
 
-    def prompt(self, line: bytes) -> tuple[int, ...]:
-        return self._prompt(self._record(line, "prompt"))
-
-    def sequence(self, line: bytes, max_length: int) -> TokenSequence:
-        record = self._record(line, "prompt", "response")
-        prompt = self._prompt(record)
-        response = self._tokens("response", record["response"], special=False)
-        if len(prompt) + len(response) > max_length:
-            raise _BadLine(
-                f"prompt + response has {len(prompt) + len(response)} tokens; the model takes {max_length} "
-                "(its position limit, its sliding window or model.max_sequence_length)"
-            )
-        return TokenSequence(prompt, response)
-
-    def _record(self, line: bytes, *keys: str) -> dict[str, Any]:
-        if not line.strip():
-            raise _BadLine("an empty line; every line in is a line out: leave it out")
-        try:
-            record = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise _BadLine(f"is not UTF-8 text ({error})") from None
-        except (ValueError, RecursionError) as error:
-            raise _BadLine(f"not JSON ({error})") from None
-        if not isinstance(record, dict):
-            wanted = "key" if len(keys) == 1 else "keys"
-            raise _BadLine(f"a JSON {type(record).__name__}, not an object with the {wanted} {' and '.join(keys)}")
-        missing = [key for key in keys if key not in record]
-        if missing:
-            raise _BadLine(f"the key {' and '.join(missing)} is missing; there are {', '.join(record) or 'none'}")
-        return record
-
-    def _prompt(self, record: dict[str, Any]) -> tuple[int, ...]:
-        prompt = self._tokens("prompt", record["prompt"], special=True)
+    def prompt(self, value: Any) -> tuple[int, ...]:
+        """Of a prompt, which is not empty. Raises BadRow."""
+        prompt = self.ids("prompt", value, special=True)
         if not prompt:
-            raise _BadLine("prompt is empty; give at least one token (such as BOS) for the response to follow")
+            raise BadRow("prompt is empty; give at least one token (such as BOS) for the response to follow")
         return prompt
 
-    def _tokens(self, key: str, value: Any, *, special: bool) -> tuple[int, ...]:
+    def ids(self, key: str, value: Any, *, special: bool) -> tuple[int, ...]:
+        """Of text, or of a list of token ids. Raises BadRow, and UserError where text has no tokenizer."""
         if isinstance(value, str):
-            if self._encode is None:
-                self._encode = self._make_encode()
-            try:
-                value = self._encode(value, special)
-            except Exception as error:  # a tokenizer may raise anything; it is about this text
-                raise _BadLine(f"{key} = {_short(value)} cannot be tokenized ({_short(error)})") from error
+            value = self.made(key, value, lambda text: self._encode()(text, special))
         if not isinstance(value, list):
-            raise _BadLine(f"{key} is a {type(value).__name__}; give a list of token ids, or text")
+            raise BadRow(f"{key} is a {type(value).__name__}; give a list of token ids, or text")
         for place, token in enumerate(value):
             if type(token) is not int:
-                raise _BadLine(f"{key}[{place}] = {_short(token)} is not a token id")
+                raise BadRow(f"{key}[{place}] = {short(token)} is not a token id")
             if not 0 <= token < self._vocab_size:
-                raise _BadLine(f"{key}[{place}] = {token} is outside the vocabulary of {self._vocab_size} tokens")
+                raise BadRow(f"{key}[{place}] = {token} is outside the vocabulary of {self._vocab_size} tokens")
         return tuple(value)
 
+    def made(self, key: str, value: Any, make: Callable[[Any], list[int]]) -> list[int]:
+        """What `make` makes of the value. Raises BadRow."""
+        try:
+            return make(value)
+        except UserError:
+            raise
+        except Exception as error:  # a tokenizer may raise anything; it is about this text
+            raise BadRow(f"{key} = {short(value)} cannot be tokenized ({short(error)})") from error
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+
+def _columns(row: Row, *keys: str) -> list[Any]:
+    missing = [key for key in keys if key not in row]
+    if missing:
+        raise BadRow(f"the key {' and '.join(missing)} is missing; there are {', '.join(row) or 'none'}")
+    return [row[key] for key in keys]
+
+
+__all__ = ["Encode", "TokenReader", "read_prompts", "read_sequences", "refuse_lines"]

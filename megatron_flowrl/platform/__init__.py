@@ -36,6 +36,16 @@ class Platform:
         """Whose transformer layers are used."""
         return "transformer_engine" if self.is_cuda else "torch"
 
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given; a CPU has."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
+
+    @property
+    def device_name(self) -> str | None:
+        """The GPU's name; None on a CPU."""
+        return torch.cuda.get_device_name(self.device) if self.is_cuda else None
+
     def describe(self) -> str:
         """One line for the start of a run: which implementation of each part is active."""
         lib = self.libraries

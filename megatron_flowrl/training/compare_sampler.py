@@ -18,7 +18,7 @@ from megatron_flowrl.checkpoint.companions import stop_token_ids
 from megatron_flowrl.config import Config, UserError
 from megatron_flowrl.data.batch import TokenSequence
 from megatron_flowrl.data.jsonl import read_prompts, refuse_lines
-from megatron_flowrl.data.tokenizer import load_encode
+from megatron_flowrl.data.tokenizer import load_tokenizer
 from megatron_flowrl.model.architecture import Architecture
 from megatron_flowrl.model.build import ParallelModel
 from megatron_flowrl.model.layout import max_sequence_length
@@ -61,7 +61,7 @@ def compare_sampler(config: Config, world: World, input_path: str, output_path: 
         def read(architecture: Architecture) -> tuple[list[Prompt], tuple[int, ...]]:
             _check_settings(session.config, architecture)
             prompts = read_prompts(
-                input_path, vocab_size=architecture.vocab_size, encode=lambda: load_encode(session.tokenizer)
+                input_path, vocab_size=architecture.vocab_size, encode=lambda: load_tokenizer(session.tokenizer).encode
             )
             _check_lengths(prompts, input_path, session.config, architecture)
             stop = stop_token_ids(session.folder.hugging_face)

@@ -20,7 +20,7 @@ from megatron_flowrl.config import Config, UserError
 from megatron_flowrl.data.batch import TokenSequence
 from megatron_flowrl.data.jsonl import read_sequences
 from megatron_flowrl.data.packing import PackingPlan
-from megatron_flowrl.data.tokenizer import load_encode
+from megatron_flowrl.data.tokenizer import load_tokenizer
 from megatron_flowrl.model.architecture import Architecture, read_architecture
 from megatron_flowrl.model.build import ParallelModel, build_parallel_model, freeze
 from megatron_flowrl.model.layout import check_layout, max_sequence_length
@@ -53,7 +53,7 @@ def score(config: Config, world: World, input_path: str, output_path: str) -> No
                 input_path,
                 vocab_size=architecture.vocab_size,
                 max_length=max_sequence_length(architecture, session.config),
-                encode=lambda: load_encode(session.tokenizer),
+                encode=lambda: load_tokenizer(session.tokenizer).encode,
             )
 
         checked = check_inputs(session, input_path, output_path, read)

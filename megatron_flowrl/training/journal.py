@@ -1,0 +1,151 @@
+"""What a run keeps in its folder: checkpoints to go on from, and the record of its steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_flowrl.checkpoint.folder import CheckpointFolder
+from megatron_flowrl.checkpoint.reader import Resumed, resume
+from megatron_flowrl.checkpoint.state import TrainingState
+from megatron_flowrl.checkpoint.writer import CheckpointWriter
+from megatron_flowrl.config import Config, SharedUserError, UserError, to_dict, to_yaml
+from megatron_flowrl.observe.log import logger
+from megatron_flowrl.observe.recorder import Recorder, Sample
+from megatron_flowrl.platform.atomic import partials_in, remove, write_file
+from megatron_flowrl.platform.distributed import together
+from megatron_flowrl.training.session import Session
+
+POSITION = "position"  # prompts, or rows, that were taken from the data
+
+
+class RunFolder:
+    """Where everything of a run is."""
+
+    def __init__(self, config: Config) -> None:
+        self.root = Path(config.run.folder)
+        self.checkpoints = Path(config.checkpoint.save) if config.checkpoint.save else self.root / "checkpoints"
+        self.critic_checkpoints = self.checkpoints.with_name(f"{self.checkpoints.name}_critic")
+        self.rollouts = self.root / "rollouts"
+        self.logs = self.root / "logs"
+        self.config = self.root / "config.yaml"
+
+    def prepare(self) -> None:
+        """Make it, and see that it can be written to. Raises UserError."""
+        if self.root == Path():
+            raise UserError("run.folder is empty; give the folder for what the run writes: run.folder=runs/NAME")
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            for partial in [*partials_in(self.root), *partials_in(self.rollouts)]:
+                remove(partial)
+            write_file(self.root / ".writable", "")
+            (self.root / ".writable").unlink()
+        except OSError as error:
+            raise UserError(
+                f"run.folder = {str(self.root)!r} cannot be written: {error.strerror}; give another, or make room"
+            ) from error
+
+
+class Journal:
+    """All ranks construct it together, before anything expensive: two runs in one folder are refused here.
+
+    Rank 0 alone writes the record; every rank takes part in checkpoints.
+    """
+
+    def __init__(self, session: Session, *, critic: bool = False) -> None:
+        self._session, self._config = session, session.config
+        self.folder = RunFolder(session.config)
+        with together():
+            if session.world.rank == 0:
+                self.folder.prepare()
+        companions = session.folder.hugging_face
+        self._writers = {"policy": CheckpointWriter(self.folder.checkpoints, self._config, companions)}
+        if critic:
+            self._writers["critic"] = CheckpointWriter(self.folder.critic_checkpoints, self._config, companions)
+        self._states: dict[str, TrainingState] = {}
+        self._recorder: Recorder | None = None
+        self._saved, self._best = -1, -math.inf
+
+    def resume(self, policy: TrainingState, critic: TrainingState | None = None) -> Resumed:
+        """Load the newest checkpoint that is good, or begin at step 0; records of later steps are forgotten."""
+        roots = {"policy": self.folder.checkpoints, "critic": self.folder.critic_checkpoints}
+        self._states = {"policy": policy} | ({"critic": critic} if critic is not None else {})
+        steps = [set.intersection(*(set(CheckpointFolder(roots[name]).steps()) for name in self._states))]
+        dist.broadcast_object_list(steps, src=0)
+        found = resume(policy, roots["policy"], self._config, steps[0] if critic is not None else None)
+        if found is not None and critic is not None:
+            step = found.step
+            if resume(critic, roots["critic"], self._config, [step]) is None:
+                raise SharedUserError(f"{roots['critic']} has no checkpoint of step {step}, where the policy goes on")
+        place = found or Resumed(0, {POSITION: 0})
+        self._saved = place.step if found is not None else -1
+        with together():
+            if self._session.world.rank == 0:
+                self._open(place.step)
+        return place
+
+    def record(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        histograms: Mapping[str, Sequence[float]] | None = None,
+        samples: Sequence[Sample] = (),
+    ) -> None:
+        """Write down a step, on rank 0."""
+        if self._recorder is not None:
+            self._recorder.record(step, metrics, histograms or {}, samples)
+
+    def save(self, step: int, position: int, *, last: bool, reward: float | None) -> None:
+        """Save where it is time: every save_interval steps, after the last, and, with its reward, as the best yet."""
+        for writer in self._writers.values():
+            writer.poll()
+        best = [self._is_best(reward)]
+        dist.broadcast_object_list(best, src=0)
+        due = last or (step > 0 and step % self._config.checkpoint.save_interval == 0)
+        if (due or best[0]) and step != self._saved:
+            for name in sorted(self._writers):  # the critic's first: the policy's is what a start looks for
+                self._writers[name].save(
+                    self._states[name], step, {POSITION: position}, reward if best[0] and name == "policy" else None
+                )
+            self._saved = step
+        if last:
+            for writer in self._writers.values():
+                writer.wait()
+
+    @property
+    def saved(self) -> int:
+        """The step of the newest checkpoint that this start has finished; 0 where there is none."""
+        return min(writer.last_saved or 0 for writer in self._writers.values())
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        for writer in self._writers.values():
+            writer.wait()
+        if self._recorder is not None:
+            self._recorder.close()
+
+    def _open(self, step: int) -> None:
+        self._recorder = Recorder(
+            self.folder.root, self._config.tracking, resume_step=step, hyper_parameters=to_dict(self._config)
+        )
+        try:
+            write_file(self.folder.config, to_yaml(self._config))
+        except OSError as error:
+            raise UserError(f"{self.folder.config} cannot be written: {error.strerror}") from error
+
+    def _is_best(self, reward: float | None) -> bool:
+        if reward is None or not self._config.checkpoint.keep_best or self._session.world.rank != 0:
+            return False
+        known = CheckpointFolder(self.folder.checkpoints).best()
+        self._best = max(self._best, -math.inf if known is None else known[1])
+        if reward <= self._best:
+            return False
+        self._best = reward  # its checkpoint may be on its way for a while
+        logger.info("the best evaluation so far: reward %.4f", reward)
+        return True
+
+
+__all__ = ["POSITION", "Journal", "RunFolder"]

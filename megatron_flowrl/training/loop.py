@@ -1,0 +1,97 @@
+"""`megatron-flowrl train`: the loop.
+
+A step: prompts are answered by the present policy, and answers graded as they finish; passes before the update give
+log-probs, of which the objective makes its constants; an update for each mini-batch; the policy as it then is is
+evaluated, recorded and saved, and streamed to the sampler for the next step.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from megatron_flowrl.config import Config
+from megatron_flowrl.observe.log import logger, progress
+from megatron_flowrl.observe.profile import profiled
+from megatron_flowrl.observe.timers import Timers
+from megatron_flowrl.platform.distributed import World
+from megatron_flowrl.training.answers import Answers
+from megatron_flowrl.training.evaluate import Evaluator
+from megatron_flowrl.training.experience import gather_experience
+from megatron_flowrl.training.inputs import Inputs, read_inputs
+from megatron_flowrl.training.journal import POSITION, Journal, RunFolder
+from megatron_flowrl.training.measures import Measures
+from megatron_flowrl.training.rollouts import Rollouts
+from megatron_flowrl.training.session import Session, prepared
+from megatron_flowrl.training.trainer import Trainer, mini_batches
+
+
+def train(config: Config, world: World) -> None:
+    """Train a policy as the configuration says, from where the run's folder says. Raises UserError."""
+    with prepared(config, world) as session, ExitStack() as stack:
+        inputs = read_inputs(session, RunFolder(config).logs)
+        journal = Journal(session, critic=inputs.objective.needs.values)
+        trainer = Trainer(
+            inputs.architecture, inputs.source, inputs.objective, session.config, session.platform, session.replicas
+        )
+        place = journal.resume(trainer.state, trainer.critic.state if trainer.critic is not None else None)
+        steps = range(place.step + 1, config.run.steps + 1)
+        logger.info(
+            "%s; %s", session.layout(), f"steps {steps[0]} to {steps[-1]}" if steps else "nothing is left to do"
+        )
+        if steps:
+            answers = _answers(session, inputs, trainer, journal.folder, stack)
+            _train(session, inputs, trainer, answers, journal, steps, place.progress[POSITION])
+        journal.close()
+
+
+def _answers(session: Session, inputs: Inputs, trainer: Trainer, folder: RunFolder, stack: ExitStack) -> Answers | None:
+    if inputs.prompts is None:
+        return None
+    answers = Answers(session, trainer.model, inputs.tokenizer, inputs.stop_token_ids, folder.logs)
+    stack.callback(answers.close)
+    answers.start()
+    return answers
+
+
+def _train(
+    session: Session,
+    inputs: Inputs,
+    trainer: Trainer,
+    answers: Answers | None,
+    journal: Journal,
+    steps: range,
+    position: int,
+) -> None:
+    config, rank = session.config, session.world.rank
+    rollouts = Rollouts(config, inputs.prompts, answers, inputs.stop_token_ids, journal.folder.rollouts)
+    evaluator = None
+    if answers is not None and inputs.held_out is not None:
+        evaluator = Evaluator(config, inputs.held_out, answers, inputs.stop_token_ids)
+    timers = Timers(session.platform.synchronize)
+    measures = Measures(session, inputs, steps)
+    if evaluator is not None and steps[0] == 1:
+        journal.record(0, evaluator(0, timers))
+    timers.reset()
+    for step in steps:
+        with profiled(config.tracking, step, rank, journal.folder.root):
+            rollout = rollouts.take(step, position, timers)
+            if answers is not None:
+                answers.rest()
+            experience = gather_experience(
+                rollout.sequences, rollout.rewards, rollout.groups, config, rollout.answer_log_probs()
+            )
+            shares = mini_batches(experience.groups.tolist(), config.run.prompts_per_mini_batch)
+            with progress(config.logging, rank, len({*shares}), f"update {step}") as advance:
+                trained = trainer.step(step, experience, shares, timers, advance)
+        position = rollout.next_position
+        evaluated = evaluator(step, timers) if evaluator is not None and evaluator.due(step) else {}
+        metrics = {**measures.of_step(step, rollout, trained, answers, timers), **evaluated}
+        journal.record(step, metrics, measures.histograms(rollout, trained), measures.samples(rollout))
+        logger.info(measures.line(step, metrics))
+        timers.reset()  # what follows is of the next step
+        with timers("save"):
+            journal.save(step, position, last=step == config.run.steps, reward=evaluated.get("evaluation/reward_mean"))
+            rollouts.prune(journal.saved)
+
+
+__all__ = ["train"]

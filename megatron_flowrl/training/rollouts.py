@@ -1,0 +1,163 @@
+"""Where a step's answers come from: this run's own record of the step, another run's, or the sampler."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_flowrl.config import Config, UserError
+from megatron_flowrl.data.batch import TokenSequence
+from megatron_flowrl.data.order import PromptOrder, derived_seed
+from megatron_flowrl.data.prompts import PromptSet
+from megatron_flowrl.observe.log import logger
+from megatron_flowrl.observe.timers import Timers
+from megatron_flowrl.platform.distributed import broadcast_bytes, together
+from megatron_flowrl.rollout.generation import Sampling
+from megatron_flowrl.rollout.record import RecordFolder, RolloutRecord, decode
+from megatron_flowrl.training.answers import Answers, Graded
+
+_WAITING_SECONDS = 7200.0  # what the other ranks stand of waiting for rank 0's disk
+
+
+class Rollouts:
+    """All ranks construct it together and call `take` together. `answers` is None where everything is replayed."""
+
+    def __init__(
+        self,
+        config: Config,
+        prompts: PromptSet | None,
+        answers: Answers | None,
+        stop_token_ids: tuple[int, ...],
+        own: Path,
+    ) -> None:
+        self._config, self._prompts, self._answers, self._stop = config, prompts, answers, stop_token_ids
+        self._own = RecordFolder(own)
+        self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=_WAITING_SECONDS))
+        self._replay = RecordFolder(Path(config.rollout.replay)) if config.rollout.replay is not None else None
+        self._source = _source(config, prompts)
+        self._order = None
+        if prompts is not None:
+            self._order = PromptOrder(len(prompts.prompts), config.seed, config.prompts.shuffle)
+
+    def take(self, step: int, position: int, timed: Timers) -> RolloutRecord:
+        """The rollout of a step, the same on every rank; what was sampled is on disk before this returns.
+
+        `position` is the number of prompts that the steps before have taken. Raises SharedUserError where a record is
+        asked for (rollout.replay) that is not there or not whole.
+        """
+        content: bytes | None = None
+        with together():
+            if dist.get_rank() == 0:
+                content = self._recorded(step, position)
+        content = broadcast_bytes(content, self._group)
+        if content is None:
+            content = broadcast_bytes(self._sampled(step, position, timed), self._group)
+        assert content is not None
+        return decode(content, f"the record of step {step}")
+
+    def prune(self, consumed: int) -> None:
+        """Delete what rollout.keep_records says, of steps up to the checkpoint's."""
+        keep = self._config.rollout.keep_records
+        if keep is not None and dist.get_rank() == 0:
+            try:
+                self._own.prune(keep, consumed)
+            except OSError as error:
+                logger.warning("old records of rollouts could not be deleted: %s", error)
+
+    def _recorded(self, step: int, position: int) -> bytes | None:
+        if self._replay is not None:
+            content = self._replay.read(step)
+            if content is None:
+                there = self._replay.steps()
+                span = f"there are those of steps {there[0]} to {there[-1]}" if there else "there is none"
+                raise UserError(
+                    f"rollout.replay = {str(self._replay.root)!r} has no record of step {step} ({span}); lower "
+                    "run.steps, or give another folder"
+                )
+            decode(content, str(self._replay.path_of(step)))
+            return content
+        content = self._own.read(step)
+        if content is None:
+            return None
+        path = self._own.path_of(step)
+        try:
+            record = decode(content, str(path))
+        except UserError as error:
+            logger.warning("%s; it is sampled again", error)
+            return None
+        if (record.source, record.position) != (self._source, position):
+            logger.warning("%s was made with other prompts or settings; step %d is sampled again", path, step)
+            return None
+        logger.info("step %d is trained on what was sampled before: %s", step, path)
+        return content
+
+    def _sampled(self, step: int, position: int, timed: Timers) -> bytes | None:
+        """On rank 0 the record's bytes; None on the others."""
+        if self._answers is None or self._prompts is None or self._order is None:
+            raise RuntimeError("there is no sampler")
+        numbers = self._order.take(position, self._config.run.prompts_per_step)
+        generation = self._config.generation
+        sampling = Sampling(
+            max_tokens=generation.max_tokens,
+            temperature=self._config.log_prob.temperature,
+            stop_token_ids=self._stop,
+            seed=derived_seed(self._config.seed, step) if generation.seeded else None,
+        )
+        prompts = [self._prompts.prompts[number] for number in numbers]
+        graded = self._answers.sample(prompts, sampling, generation.n, str(step - 1), timed, f"rollout {step}")
+        if dist.get_rank() != 0:
+            return None
+        record = _record(graded, numbers, step, position, self._source, timed.seconds())
+        content = record.encode()
+        try:
+            self._own.write(step, content)
+        except UserError as error:  # training goes on: only a restart would have needed it
+            logger.error("%s", error)
+        return content
+
+
+def _record(
+    graded: Sequence[Graded], numbers: Sequence[int], step: int, position: int, source: str, seconds: dict[str, float]
+) -> RolloutRecord:
+    answers = [one.answer for one in graded]
+    return RolloutRecord(
+        step=step,
+        position=position,
+        source=source,
+        prompt_numbers=tuple(numbers[answer.prompt_index] for answer in answers),
+        sequences=tuple(TokenSequence(one.prompt.tokens, one.answer.token_ids) for one in graded),
+        groups=tuple(answer.prompt_index for answer in answers),
+        rewards=tuple(one.grade.score for one in graded),
+        log_probs=torch.tensor([value for answer in answers for value in answer.log_probs], dtype=torch.float32),
+        finish_reasons=tuple(answer.finish_reason for answer in answers),
+        keys=tuple(one.grade.key for one in graded),
+        problems=tuple(one.grade.problem for one in graded),
+        weight_versions=tuple(answer.weight_versions for answer in answers),
+        seconds=seconds,
+    )
+
+
+def _source(config: Config, prompts: PromptSet | None) -> str:
+    """A digest of what a record depends on beside weights and chance."""
+    generation = config.generation
+    about = (
+        prompts.fingerprint if prompts is not None else "",
+        config.seed,
+        config.prompts.shuffle,
+        config.run.prompts_per_step,
+        generation.n,
+        generation.max_tokens,
+        config.log_prob.temperature,
+        config.reward.grader,
+        config.reward.binary,
+        config.reward.correct_from,
+    )
+    return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
+
+
+__all__ = ["Rollouts"]
