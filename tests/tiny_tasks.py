@@ -33,7 +33,8 @@ def save_task(folder: Path, *, prompts: int = 24, seed: int = 3) -> Path:
         return " ".join(draw.choices(WORDS[2:], k=count))
 
     rows = [
-        {"prompt": words(draw.randint(1, 6)), "ground_truth": 150, "num_solutions": 3} for _ in range(prompts + prompts // 2)
+        {"prompt": words(draw.randint(1, 6)), "ground_truth": 150, "num_solutions": 3}
+        for _ in range(prompts + prompts // 2)
     ]
     write_rows(folder / "train.jsonl", rows[:prompts])
     write_rows(folder / "test.jsonl", rows[prompts:])
@@ -80,6 +81,7 @@ SETTINGS: dict[str, Any] = {
     "generation.max_tokens": 24,
     "data.tokens_per_micro_batch": 96,
     "optimizer.lr": 1e-3,
+    "rollout.dtype": "float32",
     "rollout.max_model_len": 64,
     "rollout.cpu_kv_cache_gib": 1,
     "rollout.extra_arguments": ["--enforce-eager"],

@@ -183,11 +183,6 @@ def _evaluation(config: Config) -> Iterator[str]:
         names = ("split", "limit", "n", "temperature", "top_p", "max_tokens")
         reason = "has no effect while evaluation.path is null; give that the held-out prompts"
         yield from _idle(config, reason, *(f"evaluation.{name}" for name in names))
-    elif config.rollout.replay is not None:
-        yield (
-            "evaluation.path needs a sampler, which a run on recorded rollouts (rollout.replay) has none of: set "
-            "evaluation.path=null"
-        )
 
 
 def _rollout(config: Config) -> Iterator[str]:

@@ -138,8 +138,6 @@ class _Reader:
     """Prompts of rows: as token ids, messages, or text."""
 
     def __init__(self, settings: PromptsConfig, tokenizer: Callable[[], Tokenizer], vocab_size: int) -> None:
-        if settings.template is not None and "{prompt}" not in settings.template:
-            raise UserError(f"prompts.template = {settings.template!r} has no {{prompt}}, where a row's prompt goes")
         self._settings = settings
 
         @cache

@@ -68,11 +68,18 @@ def read_inputs(session: Session, logs: Path) -> Inputs:
                 held_out = _read("evaluation.path", held.path, held, session, architecture, tokenizer)
             if session.world.rank == 0:
                 _check_sampling(session, architecture, prompts, held_out, logs)
-        elif not Path(config.rollout.replay).is_dir():
-            raise UserError(f"rollout.replay = {config.rollout.replay!r} is no folder; give RUN/rollouts of a run")
+        else:
+            _check_replay(config, Path(config.rollout.replay))
         source = open_source(config, architecture)
     _agree(session, architecture, {"prompts.path": prompts, "evaluation.path": held_out})
     return Inputs(architecture, source, objective, prompts, held_out, stop, tokenizer)
+
+
+def _check_replay(config: Config, folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"rollout.replay = {str(folder)!r} is no folder; give RUN/rollouts of a run")
+    if config.evaluation.path is not None:
+        logger.info("no evaluation: a run on recorded rollouts (rollout.replay) has no sampler")
 
 
 def read_responses(session: Session) -> Responses:
