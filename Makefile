@@ -5,11 +5,13 @@ VENV ?= .venv
 VENV_LATEST ?= .venv-latest
 REQUIREMENTS := requirements/cpu.txt requirements/dev.txt
 
-.PHONY: install test test-latest lint bench figure1 clean
+.PHONY: install demo compare test test-latest lint bench figure1 clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make install      create $(VENV) with the pinned CPU profile"
+	@echo "make demo         install if needed, train a model from nothing with FlowRL: a quarter of an hour, runs/demo"
+	@echo "make compare      FlowRL and what it is compared with, three seeds each: about an hour and a half, runs/compare"
 	@echo "make test         install if needed, run all tests (Python 3.11, Megatron-Core 0.16.1)"
 	@echo "make test-latest  the distributed core tests on Python 3.12 and Megatron-Core 0.19.2"
 	@echo "make lint         ruff and mypy"
@@ -30,6 +32,12 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	for script in benchmarks/*.py; do $(VENV)/bin/python $$script || exit 1; done
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/python -m examples.countdown.demo $(ARGS)
+
+compare: $(VENV)/.installed
+	$(VENV)/bin/python -m examples.countdown.compare $(ARGS)
 
 figure1: $(VENV)/.installed
 	$(VENV)/bin/python -m examples.distribution_matching $(ARGS)

@@ -27,7 +27,6 @@ def check_config(config: Config) -> None:
         _recompute,
         _schedule,
         _run,
-        _evaluation,
         _reference,
         _rollout,
         _objective,
@@ -176,13 +175,6 @@ def _run(config: Config) -> Iterator[str]:
     template = config.prompts.template
     if template is not None and template.count("{prompt}") != 1:
         yield f"prompts.template = {show(template)} must have {{prompt}} in it, once: there the prompt goes"
-
-
-def _evaluation(config: Config) -> Iterator[str]:
-    if config.evaluation.path is None:
-        names = ("split", "limit", "n", "temperature", "top_p", "max_tokens")
-        reason = "has no effect while evaluation.path is null; give that the held-out prompts"
-        yield from _idle(config, reason, *(f"evaluation.{name}" for name in names))
 
 
 def _rollout(config: Config) -> Iterator[str]:

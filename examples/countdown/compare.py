@@ -1,0 +1,119 @@
+"""FlowRL and the methods it is compared with, from one warm start, with the same number of samples.
+
+    python -m examples.countdown.compare [--folder runs/compare] [--seeds 3] [--methods flowrl_exact grpo]
+
+Runs that are finished are not run again. Writes result.json, compare.png and report.html.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from examples.countdown import commands
+from examples.countdown.exact import log_probs_of, measures
+from examples.countdown.figure import draw
+
+BETA = 6.0
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "flowrl_exact": ("objective.preset=exact", f"flowrl.beta={BETA}"),
+    "flowrl_scaled": ("objective.preset=scaled", f"flowrl.beta={BETA}"),
+    "flowrl_paper": ("objective.preset=paper",),
+    "grpo": ("objective.name=grpo",),
+    "ppo": ("objective.name=ppo", "critic.lr=1e-3"),
+    "reinforce_plus_plus": ("objective.name=reinforce_plus_plus",),
+}
+COLUMNS = {
+    "accuracy": "accuracy",
+    "distinct_correct": "distinct of 16",
+    "coverage": "coverage",
+    "entropy": "entropy",
+    "kl": "KL to target",
+}
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    folder: Path = options.folder.absolute()
+    data, start = folder / "data", folder / "warm_start"
+    commands.prepare(data)
+    commands.warm_start(data, start)
+    runs = [(name, seed) for seed in range(options.seeds) for name in options.methods]
+    began = time.monotonic()
+    for number, (name, seed) in enumerate(runs):
+        each = (time.monotonic() - began) / number / 60 if number else None
+        left = "" if each is None else f", about {each * (len(runs) - number):.0f} min left"
+        print(f"\n[{number + 1}/{len(runs)}] {name}, seed {seed}{left}", flush=True)
+        arguments = [*METHODS[name], f"seed={seed}", *options.overrides]
+        commands.train(data, start, folder / f"{name}_{seed}", "test", *arguments)
+    result = gather(folder, data, start, runs)
+    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(table(result))
+    draw(result, folder / "compare.png")
+    commands.report([folder / f"{name}_0" for name in options.methods], folder / "report.html")
+    print(f"result.json, compare.png and report.html are in {folder}")
+
+
+def gather(folder: Path, data: Path, start: Path, runs: Sequence[tuple[str, int]]) -> dict[str, Any]:
+    """{"start": {measure: value}, "methods": {method: {measure: {"mean", "seeds"}}}}, on the test problems."""
+    rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    tokenizer = data / "model"
+    before = log_probs_of(start / "checkpoints", tokenizer, rows)
+    found: dict[str, dict[str, list[float]]] = {}
+    first: list[dict[str, float]] = []
+    for name, seed in runs:
+        run = folder / f"{name}_{seed}"
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        sampled = [line for line in lines if "evaluation/accuracy" in line]
+        first.append(_sampled(sampled[0]))
+        exact = measures(log_probs_of(run / "checkpoints", tokenizer, rows), before, BETA)
+        for measure, value in {**_sampled(sampled[-1]), **exact, "samples": _samples(lines)}.items():
+            found.setdefault(name, {}).setdefault(measure, []).append(value)
+    began = {measure: fmean(one[measure] for one in first) for measure in first[0]}
+    return {
+        "start": {**began, **measures(before, before, BETA)},
+        "methods": {
+            name: {measure: {"mean": fmean(values), "seeds": values} for measure, values in of.items()}
+            for name, of in found.items()
+        },
+        "settings": {name: list(METHODS[name]) for name in found},
+        "beta": BETA,
+        "problems": len(rows),
+    }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Means over seeds, as Markdown."""
+    lines = [f"| | {' | '.join(COLUMNS.values())} |", f"| --- |{' ---: |' * len(COLUMNS)}"]
+    rows = {"warm start": result["start"]}
+    rows |= {name: {m: of[m]["mean"] for m in COLUMNS} for name, of in result["methods"].items()}
+    return "\n".join(
+        [*lines, *(f"| {name} | {' | '.join(f'{of[m]:.3f}' for m in COLUMNS)} |" for name, of in rows.items())]
+    )
+
+
+def _sampled(line: Mapping[str, float]) -> dict[str, float]:
+    return {name: line[f"evaluation/{name}"] for name in ("accuracy", "distinct_correct", "coverage", "solved")}
+
+
+def _samples(lines: Sequence[Mapping[str, float]]) -> float:
+    """Answers that were sampled to train on."""
+    return sum(line.get("mismatch/sequences", 0.0) for line in lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of every run")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

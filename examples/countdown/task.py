@@ -1,0 +1,175 @@
+"""Countdown with three numbers: reach a target by + - * and brackets, each number used once, written in any way.
+
+The answers to a problem are its writings: `2+3*4`, `3*4+2` and `4*3+2` are three; brackets that change nothing do not
+make another. All of them are known, so that what a model covers of them is exact.
+
+The responses of the warm start have three styles, drawn unequally: a writing's chance is in proportion to its style's
+weight. A policy that keeps what it was given goes on to write in all of them; one that maximises reward need not.
+"""
+
+from __future__ import annotations
+
+import ast
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations_with_replacement, pairwise, permutations
+from typing import Any
+
+from megatron_flowrl.rewards import countdown
+from megatron_flowrl.rewards.grader import Grade, Item
+
+NUMBERS = range(1, 13)
+COUNT = 3  # numbers of a problem
+TARGETS = range(1, 100)
+FEWEST = 4  # writings of a problem that is asked; the warm start has those with fewer too
+STYLES = {"rising": 8, "falling": 3, "mixed": 1}
+"""The order in which a writing has its numbers -> weight."""
+SPLITS = {"train": 0.7, "validation": 0.15, "test": 0.15}
+
+PIECES = ("<pad>", "<eos>", *map(str, range(100)), "+", "-", "*", "(", ")", "=", ":")
+"""The vocabulary: whole numbers are single tokens."""
+
+_OPERATORS: Mapping[type[ast.operator], tuple[str, int]] = {ast.Add: ("+", 1), ast.Sub: ("-", 1), ast.Mult: ("*", 2)}
+_LONGEST = 40  # characters of a writing, and more than any has
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Numbers in ascending order, and all writings, sorted."""
+
+    numbers: tuple[int, ...]
+    target: int
+    writings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A piece of an expression: `rank` is 3 for a number, else that of its outermost operator."""
+
+    text: str
+    rank: int
+    value: int
+
+
+def problems() -> list[Problem]:
+    """All problems, in a fixed order."""
+    found = []
+    for numbers in combinations_with_replacement(NUMBERS, COUNT):
+        by_target: dict[int, set[str]] = {}
+        for order in set(permutations(numbers)):
+            for one in _all_written(order):
+                by_target.setdefault(one.value, set()).add(one.text)
+        found += [
+            Problem(numbers, target, tuple(sorted(by_target[target]))) for target in TARGETS if target in by_target
+        ]
+    return found
+
+
+def split(found: Sequence[Problem], seed: int) -> dict[str, list[Problem]]:
+    """The problems that are asked, by split, none in two."""
+    asked = [problem for problem in found if len(problem.writings) >= FEWEST]
+    random.Random(seed).shuffle(asked)
+    parts, start = {}, 0
+    for name, share in SPLITS.items():
+        stop = len(asked) if name == [*SPLITS][-1] else start + round(share * len(asked))
+        parts[name], start = asked[start:stop], stop
+    return parts
+
+
+def prompt_of(problem: Problem, chance: random.Random) -> str:
+    """`3 5 2 = 17 :`, the numbers in any order."""
+    numbers = chance.sample(problem.numbers, len(problem.numbers))
+    return f"{' '.join(map(str, numbers))} = {problem.target} :"
+
+
+def row_of(problem: Problem, chance: random.Random) -> dict[str, Any]:
+    """A row for `train`."""
+    return {
+        "prompt": prompt_of(problem, chance),
+        "ground_truth": {"numbers": list(problem.numbers), "target": problem.target},
+        "num_solutions": len(problem.writings),
+        "writings": list(problem.writings),
+    }
+
+
+def response_row_of(problem: Problem, chance: random.Random) -> dict[str, str]:
+    """A row for `sft`: a writing by the weight of its style."""
+    weights = [STYLES[style_of(writing)] for writing in problem.writings]
+    (writing,) = chance.choices(problem.writings, weights)
+    return {"prompt": prompt_of(problem, chance), "response": writing}
+
+
+def style_of(writing: str) -> str:
+    """`rising` where no number is below the one before it, else `falling` where none is above, else `mixed`."""
+    numbers = [int(character) for character in writing if character.isdigit()]
+    if all(a <= b for a, b in pairwise(numbers)):
+        return "rising"
+    return "falling" if all(a >= b for a, b in pairwise(numbers)) else "mixed"
+
+
+def writing_of(text: str) -> str | None:
+    """The text without brackets that change nothing; None where it is no expression of numbers and + - *."""
+    if len(text) > _LONGEST:
+        return None
+    try:
+        return _written(ast.parse(text.strip(), mode="eval").body).text
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def grade(items: Sequence[Item]) -> list[Grade]:
+    """`reward.grader=examples.countdown.task.grade`: right or wrong as `countdown` says, the key being the writing.
+
+    A right answer that is none of the row's writings (which a sign before a number makes) has no key.
+    """
+    grades = []
+    for item, one in zip(items, countdown.make()(items), strict=True):
+        writing = writing_of(countdown.final_expression(item.response))
+        known = item.row.get("writings")
+        grades.append(replace(one, key=writing if known is None or writing in known else None))
+    return grades
+
+
+def _all_written(numbers: tuple[int, ...]) -> Iterator[_Written]:
+    """All expressions that have the numbers in this order."""
+    if len(numbers) == 1:
+        yield _Written(str(numbers[0]), 3, numbers[0])
+        return
+    for place in range(1, len(numbers)):
+        for left in _all_written(numbers[:place]):
+            for right in _all_written(numbers[place:]):
+                for operator in ("+", "-", "*"):
+                    yield _joined(left, operator, right)
+
+
+def _joined(left: _Written, operator: str, right: _Written) -> _Written:
+    rank = 2 if operator == "*" else 1
+    before = f"({left.text})" if left.rank < rank else left.text
+    behind = f"({right.text})" if right.rank < rank or (operator == "-" and right.rank == 1) else right.text
+    value = {"+": left.value + right.value, "-": left.value - right.value, "*": left.value * right.value}[operator]
+    return _Written(f"{before}{operator}{behind}", rank, value)
+
+
+def _written(node: ast.expr) -> _Written:
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        return _joined(_written(node.left), _OPERATORS[type(node.op)][0], _written(node.right))
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return _Written(str(node.value), 3, node.value)
+    raise ValueError("no expression of numbers and + - *")
+
+
+__all__ = [
+    "PIECES",
+    "SPLITS",
+    "STYLES",
+    "Problem",
+    "grade",
+    "problems",
+    "prompt_of",
+    "response_row_of",
+    "row_of",
+    "split",
+    "style_of",
+    "writing_of",
+]
