@@ -18,16 +18,8 @@ from typing import Any
 from examples.countdown import commands
 from examples.countdown.exact import log_probs_of, measures
 from examples.countdown.figure import draw
+from examples.countdown.methods import BETA, METHODS
 
-BETA = 6.0
-METHODS: Mapping[str, tuple[str, ...]] = {
-    "flowrl_exact": ("objective.preset=exact", f"flowrl.beta={BETA}"),
-    "flowrl_scaled": ("objective.preset=scaled", f"flowrl.beta={BETA}"),
-    "flowrl_paper": ("objective.preset=paper",),
-    "grpo": ("objective.name=grpo",),
-    "ppo": ("objective.name=ppo", "critic.lr=1e-3"),
-    "reinforce_plus_plus": ("objective.name=reinforce_plus_plus",),
-}
 COLUMNS = {
     "accuracy": "accuracy",
     "distinct_correct": "distinct of 16",
