@@ -1,8 +1,8 @@
 """The methods that are compared, and the settings in which they differ; train.yaml has what they share.
 
-FlowRL's rewards are taken less their group's mean, which changes log Z and not the target, and the noise of updates very
-much: of problems that the warm start solves always or never, log Z is then the same. PPO's critic has a learning rate of
-its own. All settings were chosen on the validation split, with seed 0.
+FlowRL's rewards are taken less their group's mean. That changes log Z and not the target, and takes much of the noise
+from the updates: log Z is then nearly the same for problems that are solved always and for those that never are. PPO's
+critic has a learning rate of its own. All settings were chosen on the validation split, with seed 0.
 """
 
 from __future__ import annotations
