@@ -1,0 +1,136 @@
+"""The demo's task, its data, what is computed of a model exactly, and the recipes of the examples."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from examples.countdown.exact import measures
+from examples.countdown.methods import METHODS
+from examples.countdown.prepare import prepare
+from examples.countdown.task import (
+    PIECES,
+    STYLES,
+    Problem,
+    grade,
+    problems,
+    response_row_of,
+    split,
+    style_of,
+    writing_of,
+)
+from megatron_flowrl.config import check_config, load_config
+from megatron_flowrl.data.tokenizer import load_tokenizer
+from megatron_flowrl.rewards.grader import Item
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def all_problems() -> list[Problem]:
+    """Every problem."""
+    return problems()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the demo begins with."""
+    folder = tmp_path_factory.mktemp("demo")
+    prepare(folder, seed=0)
+    return folder
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_writings_of_a_problem(all_problems: list[Problem]) -> None:
+    (found,) = [problem for problem in all_problems if (problem.numbers, problem.target) == ((2, 3, 4), 14)]
+    assert found.writings == (
+        "(3+4)*2", "(4+3)*2", "2*(3+4)", "2*(4+3)", "2+3*4", "2+4*3", "3*4+2", "4*3+2",
+    )  # fmt: skip
+    assert len({(problem.numbers, problem.target) for problem in all_problems}) == len(all_problems)
+
+
+def test_every_writing_is_right_and_a_key_of_its_own(folder: Path) -> None:
+    for row in rows_of(folder / "test.jsonl")[:60]:
+        items = [Item(writing, row["ground_truth"], row=row) for writing in row["writings"]]
+        assert [(one.score, one.key) for one in grade(items)] == [(1.0, writing) for writing in row["writings"]]
+        assert row["num_solutions"] == len(row["writings"]) >= 4
+
+
+@pytest.mark.parametrize(
+    ("text", "writing"),
+    [("(2+3)+4", "2+3+4"), ("2-(3-4)", "2-(3-4)"), ("(2*3)*4", "2*3*4"), ("(2+3)*4", "(2+3)*4"), (" 2 + 3", "2+3"),
+     ("-2+3", None), ("2/3", None), ("2+", None), ("f(2)", None), ("2**3", None), ("(" * 5000, None)],
+)  # fmt: skip
+def test_brackets_that_change_nothing_are_no_writing_of_their_own(text: str, writing: str | None) -> None:
+    assert writing_of(text) == writing
+
+
+def test_a_wrong_answer_is_worth_nothing() -> None:
+    row = {"writings": ["2+3*4"]}
+    wrong, odd = grade([Item(text, {"numbers": [2, 3, 4], "target": 14}, row=row) for text in ("2+3+4", "-2+4*4")])
+    assert wrong.score == odd.score == 0.0 and wrong.key is None
+
+
+def test_splits_share_no_problem(all_problems: list[Problem], folder: Path) -> None:
+    parts = split(all_problems, 0)
+    assert sum(map(len, parts.values())) == len({problem for part in parts.values() for problem in part})
+    held_out = {(p.numbers, p.target) for name in ("validation", "test") for p in parts[name]}
+    shown = set()
+    for row in rows_of(folder / "sft.jsonl"):
+        *numbers, _, target, _ = row["prompt"].split()
+        shown.add((tuple(sorted(map(int, numbers))), int(target)))
+    assert shown and not shown & held_out
+
+
+def test_responses_are_unequal_in_style(all_problems: list[Problem]) -> None:
+    (problem,) = [one for one in all_problems if (one.numbers, one.target) == ((2, 3, 4), 9)]
+    chance, counts = random.Random(1), Counter[str]()
+    for _ in range(3000):
+        counts[response_row_of(problem, chance)["response"]] += 1
+    assert set(counts) == set(problem.writings) and len(counts) == 6
+    expected = {writing: STYLES[style_of(writing)] / 15 for writing in counts}  # 8 + 3 + 4 x 1
+    assert all(counts[w] / 3000 == pytest.approx(share, abs=0.04) for w, share in expected.items())
+
+
+def test_the_tokenizer_and_the_model(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder / "model")
+    assert tokenizer.size == len(PIECES)
+    for row in rows_of(folder / "sft.jsonl")[:200]:
+        tokens = tokenizer.encode(row["prompt"] + row["response"], True)
+        assert 0 not in tokens and tokenizer.decode(tokens) == (row["prompt"] + row["response"]).replace(" ", "")
+    weights = load_file(folder / "model" / "model.safetensors")
+    assert weights["model.embed_tokens.weight"].shape == (len(PIECES), 128)
+
+
+def test_exact_measures() -> None:
+    start = [[math.log(0.2), math.log(0.1)]]
+    z = 0.3 * math.exp(2.0) + 0.7
+    target = [[math.log(0.2 * math.exp(2.0) / z), math.log(0.1 * math.exp(2.0) / z)]]
+    found = measures(target, start, beta=2.0)
+    assert found["kl"] == pytest.approx(0.0, abs=1e-12)
+    assert found["entropy"] == pytest.approx(-(2 * math.log(2 / 3) + math.log(1 / 3)) / 3)
+    before = measures(start, start, beta=2.0)
+    assert before["kl"] == pytest.approx(math.log(z) - 2.0 * 0.3) and before["mass"] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted(EXAMPLES.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_recipes_are_good(recipe: Path) -> None:
+    check_config(load_config(recipe, ["model.path=model", "evaluation.path=test.jsonl"]))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_are_good(name: str) -> None:
+    given = ["model.path=model", "evaluation.path=test.jsonl", *METHODS[name]]
+    check_config(load_config(EXAMPLES / "countdown" / "train.yaml", given))
