@@ -68,7 +68,7 @@ class RewardConfig:
 
     grader: NonEmpty = "math"
     """`math`: math-verify; `countdown`: an expression that has to reach a number; `reasoning_gym`: the task's own; or
-    package.module.factory, see megatron_flowrl/rewards/grader.py."""
+    a function of yours as package.module.function, see megatron_flowrl/rewards/grader.py."""
 
     workers: PositiveInt = 2
     """Processes that grade."""
