@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement, pairwise, permutations
@@ -102,7 +103,7 @@ def response_row_of(problem: Problem, chance: random.Random) -> dict[str, str]:
 
 def style_of(writing: str) -> str:
     """`rising` where no number is below the one before it, else `falling` where none is above, else `mixed`."""
-    numbers = [int(character) for character in writing if character.isdigit()]
+    numbers = [int(text) for text in re.findall(r"\d+", writing)]
     if all(a <= b for a, b in pairwise(numbers)):
         return "rising"
     return "falling" if all(a >= b for a, b in pairwise(numbers)) else "mixed"

@@ -26,6 +26,7 @@ _COLORS = ("#1769aa", "#c2452d", "#2a9d8f", "#8e5bb5", "#d4a017", "#e07a5f", "#5
 _STYLES = ("-", "--", ":", "-.")
 _PHASES = ("#4c83b6", "#e3a35a", "#67ab9f", "#c66b5c", "#a58bc4", "#d9c25f", "#8aa05a", "#c48aa8")
 _REST = "#d5d9de"
+_OTHER = "time/other"  # what is of no phase; worked out here, since other programs do not record it
 _POINTS = 500  # of a curve, so that a report of long runs stays small
 _LABEL = 44  # characters of a run's name
 
@@ -274,7 +275,7 @@ def _phases(run: Run) -> dict[str, np.ndarray[Any, Any]]:
     steps = _timed_steps(run)
     found = {}
     for name, course in run.scalars.items():
-        if name.startswith("time/") and name != SECONDS and steps:
+        if name.startswith("time/") and name not in (SECONDS, _OTHER) and steps:
             seconds = dict(course)
             found[name] = np.array([max(seconds.get(step, 0.0), 0.0) for step in steps])
     return found

@@ -102,6 +102,14 @@ def test_responses_are_unequal_in_style(all_problems: list[Problem]) -> None:
     assert all(counts[w] / 3000 == pytest.approx(share, abs=0.04) for w, share in expected.items())
 
 
+@pytest.mark.parametrize(
+    ("writing", "style"),
+    [("2+3*12", "rising"), ("12-10-9", "falling"), ("10*2+12", "mixed"), ("3+3+3", "rising"), ("9+12-10", "mixed")],
+)
+def test_styles(writing: str, style: str) -> None:
+    assert style_of(writing) == style
+
+
 def test_the_tokenizer_and_the_model(folder: Path) -> None:
     tokenizer = load_tokenizer(folder / "model")
     assert tokenizer.size == len(PIECES)
