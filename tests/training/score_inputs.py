@@ -265,7 +265,7 @@ BAD_INPUTS: dict[str, BadInput] = {
     "input empty": bad(lines(), "{folder}/in.jsonl", "no lines", "at least one"),
     "input is gzip": bad(lines(b"\x1f\x8b\x08\x00\x00\x00\x00\x00"), "{folder}/in.jsonl", "UTF-8"),
     "line 3 is no JSON": bad(lines(GOOD_LINE, GOOD_LINE, '{"prompt": [1],\n', GOOD_LINE), "in.jsonl:3: not JSON"),
-    "a line is no object": bad(lines("[1, 2]\n"), "in.jsonl:1:", "list", "prompt and response"),
+    "a line is no object": bad(lines("[1, 2]\n"), "in.jsonl:1:", "list", "a key for each column"),
     "key missing": bad(
         lines(GOOD_LINE, '{"prompt": [1], "answer": [2]}\n'), "in.jsonl:2:", "response is missing", "answer"
     ),

@@ -112,7 +112,7 @@ def test_several_problems_are_told_at_once(run: Run, command: Command) -> None:
     "arguments, says",
     [
         ([], "command"),
-        (["train"], "'train'"),
+        (["fly"], "'fly'"),
         (["score"], "--input, --output"),
         (["score", "--input", "in.jsonl"], "--output"),
         (["score", "--input", "in.jsonl", "--output", "out.jsonl"], "model.path"),
