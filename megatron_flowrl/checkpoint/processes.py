@@ -68,11 +68,10 @@ def _unnamed_file() -> int:
     return handle
 
 
-def install_result_queue() -> None:
-    """Give Megatron's writers this queue before they make their own.
+def use_result_queue(results: ResultQueue) -> None:
+    """Have the save that begins next report here. Two saves that are under way at once need a queue each.
 
-    Theirs is a process that imports the whole program anew (seconds, hundreds of megabytes a rank) and is left
-    running for ever when its rank is killed. Only writers that are forked can use ours: ours are.
+    Megatron's own is a process that imports the whole program anew (seconds, hundreds of megabytes a rank) and is left
+    running for ever when its rank is killed. Only writers that are forked can use this one: ours are.
     """
-    if not isinstance(filesystem_async._results_queue, ResultQueue):
-        filesystem_async._results_queue = ResultQueue()
+    filesystem_async._results_queue = results

@@ -8,8 +8,6 @@ at any instant finds the checkpoints it had, or one more.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import inspect
 import json
 import os
@@ -35,6 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_flowrl.checkpoint.companions import read_companions, write_companions
 from megatron_flowrl.checkpoint.folder import CheckpointFolder
 from megatron_flowrl.checkpoint.locate import COMPANIONS
+from megatron_flowrl.checkpoint.lock import lock
 from megatron_flowrl.checkpoint.manifest import (
     FileRecord,
     Manifest,
@@ -43,7 +42,7 @@ from megatron_flowrl.checkpoint.manifest import (
     record_files,
     write_manifest,
 )
-from megatron_flowrl.checkpoint.processes import die_with, install_result_queue
+from megatron_flowrl.checkpoint.processes import ResultQueue, die_with, use_result_queue
 from megatron_flowrl.checkpoint.state import TrainingState, bytes_to_write
 from megatron_flowrl.config import Config, SharedUserError, UserError, to_dict
 from megatron_flowrl.model.build import weights_in_place
@@ -57,7 +56,6 @@ _COMMON_FILE = "common.pt"
 _MEGATRONS_OWN_WRITER = (
     {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
 )
-_LOCK_FILE = ".lock"
 _BYTES_A_TENSOR = 1024  # of metadata
 _HEADROOM = 2**24  # bytes for what is written beside tensors
 
@@ -91,12 +89,12 @@ class CheckpointWriter:
         self._pending: _Save | None = None
         self._validated = False
         self.last_saved: int | None = None
-        install_result_queue()
+        self._results = ResultQueue()
         with together(), self._disk():
             if dist.get_rank() == 0:
                 self._companions = read_companions(companions)
                 root.mkdir(parents=True, exist_ok=True)
-                self._lock = _lock(root / _LOCK_FILE)
+                self._lock = lock(root, "another run saves its checkpoints there; give another")
                 self._folder.sweep()
 
     def save(self, state: TrainingState, step: int, progress: Mapping[str, int], best: float | None = None) -> None:
@@ -111,6 +109,7 @@ class CheckpointWriter:
         token = [secrets.token_hex(4)]
         dist.broadcast_object_list(token, src=0)
         begun = time.perf_counter()
+        use_result_queue(self._results)
         try:
             with weights_in_place(state.model.chunks):
                 sharded = state.sharded_state_dict()
@@ -276,20 +275,6 @@ def _take_records(folder: Path) -> dict[str, FileRecord]:
 def _reserve(path: Path, size: int) -> None:
     with path.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, size)
-
-
-def _lock(path: Path) -> IO[bytes]:
-    """Keep other runs from writing here, as long as this process lives and keeps what is returned."""
-    file = path.open("ab")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise UserError(
-                f"{path.parent} is in use: another run saves its checkpoints there; give another"
-            ) from error
-        logger.warning("%s cannot be locked (%s): see that no other run saves there", path.parent, error.strerror)
-    return file
 
 
 def _write_common_file(folder: Path) -> None:

@@ -23,10 +23,6 @@ class PromptOrder:
             for place in range(position, position + n)
         ]
 
-    def epoch(self, position: int) -> float:
-        """How often all rows have been taken."""
-        return position / self._count
-
 
 @lru_cache(maxsize=4)
 def _epoch(count: int, seed: int, epoch: int, shuffle: bool) -> list[int]:

@@ -36,7 +36,7 @@ class PromptSet:
     dropped: int
     source: str
     fingerprint: str
-    """The same where tokens and ground truths are."""
+    """The same where tokens, ground truths and rows are."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,11 @@ class ResponseSet:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a model takes: ids below `vocab_size`, sequences of `max_length` tokens."""
+    """Ids below `vocab_size`, sequences of `max_length` tokens; `of` is what takes no longer ones."""
 
     vocab_size: int
     max_length: int
+    of: str = "the model"
 
 
 def load_prompts(
@@ -67,9 +68,10 @@ def load_prompts(
     tokenizer: Callable[[], Tokenizer],
     limits: Limits,
     max_answer_tokens: int,
+    answer_setting: str,
     check: Check,
 ) -> PromptSet:
-    """Read prompts. `setting` is the name of the setting that `path` is, for messages.
+    """Read prompts. `setting` and `answer_setting` name where `path` and `max_answer_tokens` come from, for messages.
 
     Raises UserError naming every bad row: without the column, without tokens, with a ground truth that `check` says
     something of, or with a prompt that leaves no room for an answer of `max_answer_tokens`.
@@ -83,8 +85,8 @@ def load_prompts(
             return None
         if len(tokens) > room:
             raise BadRow(
-                f"a prompt of {len(tokens)} tokens and an answer of {max_answer_tokens} are more than the model takes, "
-                f"{limits.max_length}; lower generation.max_tokens, or prompts.max_tokens to leave such prompts out"
+                f"a prompt of {len(tokens)} tokens and an answer of {max_answer_tokens} are more than {limits.of} "
+                f"takes, {limits.max_length}; lower {answer_setting}, or prompts.max_tokens to leave such prompts out"
             )
         truth = _ground_truth(settings, row)
         problem = check(truth, row)
@@ -95,7 +97,7 @@ def load_prompts(
     found = read_rows(rows_of(_given(setting, path), split), read, f"{setting} = {path!r} has no rows", limit)
     prompts = tuple(prompt for prompt in found if prompt is not None)
     _refuse_nothing(prompts, setting, path, settings)
-    content = [(prompt.tokens, repr(prompt.ground_truth)) for prompt in prompts]
+    content = [(prompt.tokens, prompt.ground_truth, prompt.row) for prompt in prompts]
     return PromptSet(prompts, len(found) - len(prompts), path, _digest(content))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_flowrl.config import SharedUserError, UserError
 from megatron_flowrl.data.prompts import Prompt
 from megatron_flowrl.data.tokenizer import Tokenizer
 from megatron_flowrl.evaluation.summary import GradedAnswer
@@ -74,7 +75,12 @@ class Answers:
         with together():
             if session.world.rank == 0:
                 self._pool = GraderPool(config.reward)
-        self._sampler = Sampler(config, session.world, model, session.folder.hugging_face, logs)
+        try:
+            self._sampler = Sampler(config, session.world, model, session.folder.hugging_face, logs)
+        except BaseException:
+            if self._pool is not None:
+                self._pool.close()
+            raise
         self.last_sync: SyncReport | None = None
 
     def start(self) -> None:
@@ -92,7 +98,8 @@ class Answers:
     ) -> list[Graded]:
         """n answers to each prompt by the weights as they are now, whose name is `version`; prompt by prompt.
 
-        All ranks call it together; the others than rank 0 get an empty list.
+        All ranks call it together; the others than rank 0 get an empty list. Raises SharedUserError where nothing can
+        be sampled or graded any more.
         """
         if version != self._version:
             with timed("weight_sync"):
@@ -116,10 +123,16 @@ class Answers:
             answers = self._sampler.generate([prompt.tokens for prompt in prompts], sampling, n, grade)
         with timed("grade"):  # what is left of it
             graded = []
-            for answer in answers:
-                text, future = futures[answer.prompt_index, answer.sample_index]
-                graded.append(Graded(answer, prompts[answer.prompt_index], text, future.result()))
-            dist.barrier(group=self._group)
+            problems: list[tuple[str, ...]] = [()]
+            try:
+                for answer in answers:
+                    text, future = futures[answer.prompt_index, answer.sample_index]
+                    graded.append(Graded(answer, prompts[answer.prompt_index], text, future.result()))
+            except UserError as error:  # rank 0 grades, and the others have to be told
+                problems = [error.problems]
+            dist.broadcast_object_list(problems, src=0, group=self._group)
+            if problems[0]:
+                raise SharedUserError(*problems[0])
         return graded
 
     def rest(self) -> None:

@@ -50,7 +50,6 @@ class Critic:
         self.optimizer = Optimizer(self.model, settings)
         self.schedule = build_schedule(self.optimizer.megatron, settings.optimizer)
         self.state = TrainingState(self.model, self.optimizer.megatron, self.schedule)  # for a checkpoint of its own
-        self.skipped_steps = 0
 
     def values(self, experience: Experience, packing: PackingPlan) -> Tensor:
         """The value before each response token, fp32 [T], on every rank: a forward-only pass over the whole plan."""
@@ -83,13 +82,12 @@ class Critic:
         finite = agreed(bool(sums["loss"].isfinite().all()), self._device)
         result = self.optimizer.step(skip=not finite)
         if not result.updated:
-            self.skipped_steps += 1
             what = "a value's loss" if not finite else f"the norm of the critic's gradient ({result.grad_norm})"
             logger.warning("step %d, mini-batch %d: %s is not finite; not updated", constants.step, mini_batch, what)
         return {
             **critic_metrics(sums, _returns_of(constants, members)),
             "grad_norm": result.grad_norm,
-            "skipped_steps": float(self.skipped_steps),
+            "skipped_updates": float(not result.updated),
         }
 
     def _loss(

@@ -139,9 +139,10 @@ def _read(
     tokenizer: Callable[[], Tokenizer],
 ) -> PromptSet:
     config = session.config
-    limits, held = _limits(config, architecture), isinstance(rows, EvaluationConfig)
-    if config.rollout.max_model_len is not None:
-        limits = replace(limits, max_length=min(limits.max_length, config.rollout.max_model_len))
+    limits, most = _limits(config, architecture), config.rollout.max_model_len
+    if most is not None and most < limits.max_length:
+        limits = replace(limits, max_length=most, of="rollout.max_model_len")
+    own = config.evaluation.max_tokens if isinstance(rows, EvaluationConfig) else None
     return load_prompts(
         config.prompts,
         setting=setting,
@@ -150,7 +151,8 @@ def _read(
         limit=rows.limit,
         tokenizer=tokenizer,
         limits=limits,
-        max_answer_tokens=(held and config.evaluation.max_tokens) or config.generation.max_tokens,
+        max_answer_tokens=own or config.generation.max_tokens,
+        answer_setting="evaluation.max_tokens" if own else "generation.max_tokens",
         check=partial(check_ground_truth, config.reward.grader),
     )
 
@@ -163,8 +165,8 @@ def _check_sampling(
     make_grader(config.reward)
     if len(prompts.prompts) < config.run.prompts_per_step:
         raise UserError(
-            f"run.prompts_per_step = {config.run.prompts_per_step}, and prompts.path has {len(prompts.prompts)}: one "
-            "prompt would be in a step twice; lower it, or give more prompts"
+            f"run.prompts_per_step = {config.run.prompts_per_step}, and prompts.path has {len(prompts.prompts)}: "
+            "every step would have prompts twice; lower it, or give more prompts"
         )
     longest = max(len(prompt.tokens) for prompt in prompts.prompts)
     plan([longest + config.generation.max_tokens], packing_rules(config, architecture, session.replicas))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import torch.distributed as dist
 
 from megatron_flowrl.checkpoint.folder import CheckpointFolder
-from megatron_flowrl.checkpoint.reader import Resumed, resume
+from megatron_flowrl.checkpoint.lock import lock
+from megatron_flowrl.checkpoint.reader import Resumed, resume, verified_manifest
 from megatron_flowrl.checkpoint.state import TrainingState
 from megatron_flowrl.checkpoint.writer import CheckpointWriter
 from megatron_flowrl.config import Config, SharedUserError, UserError, to_dict, to_yaml
@@ -32,13 +34,15 @@ class RunFolder:
         self.rollouts = self.root / "rollouts"
         self.logs = self.root / "logs"
         self.config = self.root / "config.yaml"
+        self._lock: IO[bytes] | None = None
 
     def prepare(self) -> None:
-        """Make it, and see that it can be written to. Raises UserError."""
+        """Make it, keep other runs out, and see that it can be written to. Raises UserError."""
         if self.root == Path():
             raise UserError("run.folder is empty; give the folder for what the run writes: run.folder=runs/NAME")
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self.root, "another run writes there; give another run.folder")
             for partial in [*partials_in(self.root), *partials_in(self.rollouts)]:
                 remove(partial)
             write_file(self.root / ".writable", "")
@@ -71,15 +75,14 @@ class Journal:
 
     def resume(self, policy: TrainingState, critic: TrainingState | None = None) -> Resumed:
         """Load the newest checkpoint that is good, or begin at step 0; records of later steps are forgotten."""
-        roots = {"policy": self.folder.checkpoints, "critic": self.folder.critic_checkpoints}
         self._states = {"policy": policy} | ({"critic": critic} if critic is not None else {})
-        steps = [set.intersection(*(set(CheckpointFolder(roots[name]).steps()) for name in self._states))]
-        dist.broadcast_object_list(steps, src=0)
-        found = resume(policy, roots["policy"], self._config, steps[0] if critic is not None else None)
-        if found is not None and critic is not None:
-            step = found.step
-            if resume(critic, roots["critic"], self._config, [step]) is None:
-                raise SharedUserError(f"{roots['critic']} has no checkpoint of step {step}, where the policy goes on")
+        if critic is None:
+            found = resume(policy, self.folder.checkpoints, self._config)
+        else:
+            step = self._newest_of_both()
+            found = None if step is None else resume(policy, self.folder.checkpoints, self._config, [step])
+            if step is not None:
+                resume(critic, self.folder.critic_checkpoints, self._config, [step])
         place = found or Resumed(0, {POSITION: 0})
         self._saved = place.step if found is not None else -1
         with together():
@@ -120,12 +123,36 @@ class Journal:
         """The step of the newest checkpoint that this start has finished; 0 where there is none."""
         return min(writer.last_saved or 0 for writer in self._writers.values())
 
-    def close(self) -> None:
-        """Finish what is being written."""
-        for writer in self._writers.values():
-            writer.wait()
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Finish what is being written, also after an error that all ranks have in common; of another they may not."""
+        if kind is None or issubclass(kind, SharedUserError):
+            for writer in self._writers.values():
+                writer.wait()
         if self._recorder is not None:
             self._recorder.close()
+
+    def _newest_of_both(self) -> int | None:
+        """The newest step of which policy and critic are whole; None where there is no checkpoint at all."""
+        roots = [CheckpointFolder(self.folder.checkpoints), CheckpointFolder(self.folder.critic_checkpoints)]
+        steps = [[set(root.steps()) for root in roots]]
+        dist.broadcast_object_list(steps, src=0)
+        for step in sorted(set.intersection(*steps[0]), reverse=True):
+            try:
+                for root in roots:
+                    verified_manifest(root.path_of(step), checksums=self._config.checkpoint.verify_checksums)
+            except SharedUserError as error:
+                logger.warning("the checkpoints of step %d are passed over: %s", step, error)
+            else:
+                return step
+        if any(steps[0]):
+            raise SharedUserError(
+                f"{roots[0].root} and {roots[1].root} have no step of which both checkpoints are whole; restore one, "
+                "or give another run.folder to begin anew"
+            )
+        return None
 
     def _open(self, step: int) -> None:
         self._recorder = Recorder(

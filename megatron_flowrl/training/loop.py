@@ -13,14 +13,14 @@ from megatron_flowrl.config import Config
 from megatron_flowrl.observe.log import logger, progress
 from megatron_flowrl.observe.profile import profiled
 from megatron_flowrl.observe.timers import Timers
-from megatron_flowrl.platform.distributed import World
+from megatron_flowrl.platform.distributed import World, alike
 from megatron_flowrl.training.answers import Answers
 from megatron_flowrl.training.evaluate import Evaluator
 from megatron_flowrl.training.experience import gather_experience
 from megatron_flowrl.training.inputs import Inputs, read_inputs
 from megatron_flowrl.training.journal import POSITION, Journal, RunFolder
 from megatron_flowrl.training.measures import Measures
-from megatron_flowrl.training.rollouts import Rollouts
+from megatron_flowrl.training.rollouts import Rollouts, check_replay
 from megatron_flowrl.training.session import Session, prepared
 from megatron_flowrl.training.trainer import Trainer, mini_batches
 
@@ -38,10 +38,11 @@ def train(config: Config, world: World) -> None:
         logger.info(
             "%s; %s", session.layout(), f"steps {steps[0]} to {steps[-1]}" if steps else "nothing is left to do"
         )
-        if steps:
-            answers = _answers(session, inputs, trainer, journal.folder, stack)
-            _train(session, inputs, trainer, answers, journal, steps, place.progress[POSITION])
-        journal.close()
+        with journal:
+            if steps:
+                check_replay(config, steps)
+                answers = _answers(session, inputs, trainer, journal.folder, stack)
+                _train(session, inputs, trainer, answers, journal, steps, place.progress[POSITION])
 
 
 def _answers(session: Session, inputs: Inputs, trainer: Trainer, folder: RunFolder, stack: ExitStack) -> Answers | None:
@@ -77,15 +78,16 @@ def _train(
             rollout = rollouts.take(step, position, timers)
             if answers is not None:
                 answers.rest()
-            experience = gather_experience(
-                rollout.sequences, rollout.rewards, rollout.groups, config, rollout.answer_log_probs()
-            )
+            with alike():
+                experience = gather_experience(
+                    rollout.sequences, rollout.rewards, rollout.groups, config, rollout.answer_log_probs()
+                )
             shares = mini_batches(experience.groups.tolist(), config.run.prompts_per_mini_batch)
             with progress(config.logging, rank, len({*shares}), f"update {step}") as advance:
                 trained = trainer.step(step, experience, shares, timers, advance)
         position = rollout.next_position
         evaluated = evaluator(step, timers) if evaluator is not None and evaluator.due(step) else {}
-        metrics = {**measures.of_step(step, rollout, trained, answers, timers), **evaluated}
+        metrics = {**measures.of_step(rollout, experience.sequences, trained, answers, timers), **evaluated}
         journal.record(step, metrics, measures.histograms(rollout, trained), measures.samples(rollout))
         logger.info(measures.line(step, metrics))
         timers.reset()  # what follows is of the next step

@@ -47,32 +47,37 @@ class StepMeasures:
         self._seconds = 0.0
         self._lines = 0
 
-    def cost(self, sequences: Sequence[TokenSequence], timers: Timers) -> dict[str, float]:
-        """Seconds by phase, tokens a second, the share of the peak that the passes use, memory (the largest rank's).
+    def cost(
+        self, sequences: Sequence[TokenSequence], trained: Sequence[TokenSequence], timers: Timers
+    ) -> dict[str, float]:
+        """Seconds by phase, tokens a second, share of the peak that the passes use, memory: the largest of any rank.
+
+        `sequences`: those of the step; `trained`: those of them that passes and updates were over.
 
         speed/mfu is of the updates, speed/passes_share_of_peak of the passes before them: the model's operations, by
         the seconds that they took on the slowest rank, over what all devices could do at best.
         """
-        seconds, elapsed = timers.seconds(), timers.elapsed()
-        taken = memory()
-        worst = torch.tensor([elapsed, taken.resident, taken.accelerator_peak or 0], dtype=torch.float64)
-        worst = worst.to(self._session.platform.device)
+        phases, taken = timers.seconds(), memory()
+        own = [timers.elapsed(), taken.resident, taken.accelerator_peak or 0, *phases.values()]
+        worst = torch.tensor(own, dtype=torch.float64).to(self._session.platform.device)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        elapsed, resident, peak = worst.tolist()
-        lengths = [len(sequence) for sequence in sequences]
-        responses = sum(len(sequence.response) for sequence in sequences)
+        elapsed, resident, peak, *slowest = worst.tolist()
+        seconds = dict(zip(phases, slowest, strict=True))
+        lengths = [len(sequence) for sequence in trained]
+        responses = sum(len(sequence.response) for sequence in trained)
+        generated = sum(len(sequence.response) for sequence in sequences)
         metrics = {f"time/{name}": value for name, value in seconds.items()}
         metrics |= {
             "time/other": max(elapsed - sum(seconds.values()), 0.0),
             "time/step": elapsed,
-            "speed/tokens_per_second": sum(lengths) / elapsed,
-            "speed/samples_per_second": len(lengths) / elapsed,
+            "speed/tokens_per_second": sum(map(len, sequences)) / elapsed,
+            "speed/samples_per_second": len(sequences) / elapsed,
             "memory/resident_gib": resident / _GIB,
         }
         if peak:
             metrics["memory/accelerator_peak_gib"] = peak / _GIB
         if seconds.get("generate"):
-            metrics["speed/generated_tokens_per_second"] = responses / seconds["generate"]
+            metrics["speed/generated_tokens_per_second"] = generated / seconds["generate"]
             metrics["speed/wait_share"] = (seconds["generate"] + seconds.get("grade", 0.0)) / elapsed
         if not math.isnan(self._peak):
             if seconds.get("update"):
@@ -108,13 +113,18 @@ class Measures:
         self._texts = session.world.rank == 0 and session.config.tracking.samples > 0
 
     def of_step(
-        self, step: int, rollout: RolloutRecord, trained: TrainedStep, answers: Answers | None, timers: Timers
+        self,
+        rollout: RolloutRecord,
+        sequences: Sequence[TokenSequence],
+        trained: TrainedStep,
+        answers: Answers | None,
+        timers: Timers,
     ) -> dict[str, float]:
-        """All numbers of a step. All ranks call it together."""
+        """All numbers of a step; `sequences`: what was trained on. All ranks call it together."""
         config = self._session.config
         found = summarize_answers(self._graded(rollout), config.reward.correct_from)
         metrics = {f"rollout/{name}": value for name, value in found.items()}
-        metrics |= {**trained.metrics, **self._cost.cost(rollout.sequences, timers)}
+        metrics |= {**trained.metrics, **self._cost.cost(rollout.sequences, sequences, timers)}
         if self._inputs.prompts is not None:
             metrics["rollout/epoch"] = rollout.next_position / len(self._inputs.prompts.prompts)
         report = answers.last_sync if answers is not None else None
@@ -143,7 +153,8 @@ class Measures:
             self._texts = False
             return []
         first = {group: index for index, group in reversed([*enumerate(rollout.groups)])}
-        chosen = [*first.values()][::-1] + [i for i in range(len(rollout.groups)) if i not in set(first.values())]
+        leading = sorted(first.values())
+        chosen = leading + [i for i in range(len(rollout.groups)) if i not in leading]
         return [
             Sample(
                 decode(rollout.sequences[i].prompt),

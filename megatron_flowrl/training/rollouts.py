@@ -21,7 +21,8 @@ from megatron_flowrl.rollout.generation import Sampling
 from megatron_flowrl.rollout.record import RecordFolder, RolloutRecord, decode
 from megatron_flowrl.training.answers import Answers, Graded
 
-_WAITING_SECONDS = 7200.0  # what the other ranks stand of waiting for rank 0's disk
+_WAITING_SECONDS = 7200.0  # what the other ranks stand of waiting while rank 0 writes a record
+_PHASES = ("weight_sync", "generate", "grade")
 
 
 class Rollouts:
@@ -39,7 +40,8 @@ class Rollouts:
         self._own = RecordFolder(own)
         self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=_WAITING_SECONDS))
         self._replay = RecordFolder(Path(config.rollout.replay)) if config.rollout.replay is not None else None
-        self._source = _source(config, prompts)
+        self._source = _source(config, prompts, stop_token_ids)
+        self._resampled = False
         self._order = None
         if prompts is not None:
             self._order = PromptOrder(len(prompts.prompts), config.seed, config.prompts.shuffle)
@@ -63,7 +65,7 @@ class Rollouts:
     def prune(self, consumed: int) -> None:
         """Delete what rollout.keep_records says, of steps up to the checkpoint's."""
         keep = self._config.rollout.keep_records
-        if keep is not None and dist.get_rank() == 0:
+        if keep is not None and self._replay is None and dist.get_rank() == 0:
             try:
                 self._own.prune(keep, consumed)
             except OSError as error:
@@ -73,16 +75,11 @@ class Rollouts:
         if self._replay is not None:
             content = self._replay.read(step)
             if content is None:
-                there = self._replay.steps()
-                span = f"there are those of steps {there[0]} to {there[-1]}" if there else "there is none"
-                raise UserError(
-                    f"rollout.replay = {str(self._replay.root)!r} has no record of step {step} ({span}); lower "
-                    "run.steps, or give another folder"
-                )
+                raise UserError(_lacks(self._replay, step))
             decode(content, str(self._replay.path_of(step)))
             return content
         content = self._own.read(step)
-        if content is None:
+        if content is None or self._resampled:  # after a step of new answers the weights are others
             return None
         path = self._own.path_of(step)
         try:
@@ -102,6 +99,7 @@ class Rollouts:
             raise RuntimeError("there is no sampler")
         numbers = self._order.take(position, self._config.run.prompts_per_step)
         generation = self._config.generation
+        self._resampled = True
         sampling = Sampling(
             max_tokens=generation.max_tokens,
             temperature=self._config.log_prob.temperature,
@@ -112,13 +110,33 @@ class Rollouts:
         graded = self._answers.sample(prompts, sampling, generation.n, str(step - 1), timed, f"rollout {step}")
         if dist.get_rank() != 0:
             return None
-        record = _record(graded, numbers, step, position, self._source, timed.seconds())
+        seconds = {name: value for name, value in timed.seconds().items() if name in _PHASES}
+        record = _record(graded, numbers, step, position, self._source, seconds)
         content = record.encode()
         try:
             self._own.write(step, content)
         except UserError as error:  # training goes on: only a restart would have needed it
             logger.error("%s", error)
         return content
+
+
+def check_replay(config: Config, steps: range) -> None:
+    """Refuse to begin where rollout.replay lacks one of the steps. All ranks call it together."""
+    with together():
+        if config.rollout.replay is not None and dist.get_rank() == 0:
+            folder = RecordFolder(Path(config.rollout.replay))
+            missing = sorted({*steps} - {*folder.steps()})
+            if missing:
+                raise UserError(_lacks(folder, missing[0]))
+
+
+def _lacks(folder: RecordFolder, step: int) -> str:
+    there = folder.steps()
+    span = f"there are those of steps {there[0]} to {there[-1]}" if there else "there is none"
+    return (
+        f"rollout.replay = {str(folder.root)!r} has no record of step {step} ({span}); lower run.steps, or give "
+        "another folder"
+    )
 
 
 def _record(
@@ -142,8 +160,8 @@ def _record(
     )
 
 
-def _source(config: Config, prompts: PromptSet | None) -> str:
-    """A digest of what a record depends on beside weights and chance."""
+def _source(config: Config, prompts: PromptSet | None, stop_token_ids: tuple[int, ...]) -> str:
+    """A digest of what a record depends on beside chance: of the answers, their rewards, and what makes the weights."""
     generation = config.generation
     about = (
         prompts.fingerprint if prompts is not None else "",
@@ -156,8 +174,20 @@ def _source(config: Config, prompts: PromptSet | None) -> str:
         config.reward.grader,
         config.reward.binary,
         config.reward.correct_from,
+        config.reward.failed_score,
+        stop_token_ids,
+        config.model.path,
+        config.run.prompts_per_mini_batch,
+        config.objective,
+        config.flowrl,
+        config.log_z,
+        config.policy_gradient,
+        config.critic,
+        config.sampler_correction,
+        config.optimizer,
+        config.reference,
     )
     return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
 
-__all__ = ["Rollouts"]
+__all__ = ["Rollouts", "check_replay"]

@@ -32,8 +32,8 @@ def sft(config: Config, world: World) -> None:
             inputs.architecture, inputs.source, objective, session.config, session.platform, session.replicas
         )
         place = journal.resume(trainer.state)
-        _train(session, inputs.training, inputs.validation, trainer, journal, place.step, place.progress[POSITION])
-        journal.close()
+        with journal:
+            _train(session, inputs.training, inputs.validation, trainer, journal, place.step, place.progress[POSITION])
 
 
 def _train(
@@ -54,10 +54,11 @@ def _train(
         sequences = [training[number] for number in order.take(position, config.sft.sequences_per_step)]
         trained = trainer.step(step, _experience(sequences), [0] * len(sequences), timers)
         position += len(sequences)
-        metrics = {**trained.metrics, **measures.cost(sequences, timers)}
-        last = step == config.run.steps
+        evaluated, last = {}, step == config.run.steps
         if validation and (last or step % config.evaluation.interval == 0):
-            metrics["evaluation/loss"] = _loss(session, validation, trainer)
+            with timers("evaluation"):
+                evaluated["evaluation/loss"] = _loss(session, validation, trainer)
+        metrics = {**trained.metrics, **measures.cost(sequences, sequences, timers), **evaluated}
         journal.record(step, metrics)
         logger.info(measures.line(step, metrics))
         timers.reset()  # what follows is of the next step

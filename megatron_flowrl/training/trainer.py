@@ -152,7 +152,9 @@ def _of_updates(results: Sequence[UpdateResult], values: Mapping[str, Tensor]) -
 def _means(room: str, metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
     if not metrics:
         return {}
-    return {f"{room}/{name}": sum(one[name] for one in metrics) / len(metrics) for name in metrics[0]}
+    sums = {name: sum(one[name] for one in metrics) for name in metrics[0]}
+    counts = {"skipped_updates"}  # over the step, as the policy's are
+    return {f"{room}/{name}": value if name in counts else value / len(metrics) for name, value in sums.items()}
 
 
 __all__ = ["TrainedStep", "Trainer", "mini_batches"]

@@ -61,7 +61,7 @@ def test_each_update_lowers_the_loss(layout: Layout, results: dict[str, dict[str
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_a_return_that_is_not_a_number_changes_nothing(layout: Layout, results: dict[str, dict[str, Any]]) -> None:
     result = results[layout.name]
-    assert [metrics["skipped_steps"] for metrics in (*result["updates"], result["skipped"])] == [0, 0, 0, 1]
+    assert [metrics["skipped_updates"] for metrics in (*result["updates"], result["skipped"])] == [0, 0, 0, 1]
     assert result["left_alone"] and result["skipped"]["value_loss"] != result["skipped"]["value_loss"]
 
 

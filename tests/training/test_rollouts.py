@@ -97,6 +97,27 @@ def test_what_is_of_no_use_is_sampled_again(change: str, tmp_path: Path, caplog:
     assert len(answers.asked) == 1 and "sampled again" in caplog.text and str(path) in caplog.text
 
 
+@pytest.mark.parametrize("change", [{"optimizer__lr": 1e-4}, {"flowrl__beta": 3}, {"model__path": "other"}])
+def test_answers_of_a_policy_that_is_not_to_be_are_sampled_again(change: dict[str, Any], tmp_path: Path) -> None:
+    rollouts(tmp_path, Sampled()).take(1, 0, Timers())
+    answers = Sampled()
+    rollouts(tmp_path, answers, settings(**change)).take(1, 0, Timers())
+    assert len(answers.asked) == 1
+
+
+def test_after_new_answers_no_older_record_is_used(tmp_path: Path) -> None:
+    """The records of later steps are answers of a policy that these do not lead to."""
+    before = rollouts(tmp_path, Sampled())
+    for step in (1, 2, 3):
+        before.take(step, 3 * (step - 1), Timers())
+    (tmp_path / "00000002.safetensors").unlink()
+    answers = Sampled()
+    after = rollouts(tmp_path, answers)
+    for step in (1, 2, 3):
+        after.take(step, 3 * (step - 1), Timers())
+    assert [version for version, _ in answers.asked] == ["1", "2"]
+
+
 def test_a_disk_that_is_full_costs_the_record_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -117,4 +138,6 @@ def test_old_records_go_when_a_checkpoint_has_their_steps(tmp_path: Path) -> Non
     taken.prune(3)
     assert sorted(path.stem for path in tmp_path.glob("*.safetensors")) == ["00000003", "00000004"]
     rollouts(tmp_path, Sampled()).prune(4)  # by default they stay
+    replayed = settings(rollout__keep_records=1, rollout__replay=tmp_path)
+    Rollouts(replayed, None, None, (1,), tmp_path).prune(4)  # and where they are what is trained on
     assert len(list(tmp_path.glob("*.safetensors"))) == 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -132,6 +134,23 @@ def test_no_tokenizer(refused: Any, task: Path, tmp_path: Path) -> None:
 def test_a_file_where_the_run_goes(refused: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "run.folder" in (said := refused(run__folder=tmp_path / "file" / "run")) and "cannot be written" in said
+
+
+def test_a_folder_of_another_run(refused: Any, tmp_path: Path) -> None:
+    """And what that run is writing there is left alone."""
+    (tmp_path / "run").mkdir()
+    partial = tmp_path / "run" / ".metrics.jsonl.partial-1"
+    partial.touch()
+    code = "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", code, str(tmp_path / "run" / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert "is in use: another run writes there; give another run.folder" in refused(
+            checkpoint__save=tmp_path / "elsewhere"
+        )
+        other.kill()
+    assert partial.exists()
 
 
 def test_a_full_disk(refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,19 @@ def test_ppo_with_its_critic_learns_the_same_on_two_ranks(task: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_an_older_pair_is_used_where_the_critics_checkpoint_is_damaged(task: Path) -> None:
+    run = task / "ppo_damaged"
+    settings: dict[str, Any] = {"objective__name": "ppo", "critic__lr": 1e-3}
+    trained(task, "ppo_damaged", 1, **settings)
+    before = metrics_of(run)
+    shard = next((run / "checkpoints_critic" / "step_00000003").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    done = run_module("megatron_flowrl", arguments(task, task / "records", run, **settings), 1)
+    assert done.returncode == 0 and "the checkpoints of step 3 are passed over" in done.stdout, done.stdout[-3000:]
+    assert [line["step"] for line in metrics_of(run)] == [1, 2, 3]
+    assert metrics_of(run)[2]["critic/value_loss"] == before[2]["critic/value_loss"]
+
+
 def test_the_first_step_is_on_policy_and_at_the_reference(one_rank: Any) -> None:
     first, *later = one_rank[0]
     assert first["update/first_weight_mean"] == first["update/first_weight_max"] == 1.0
