@@ -30,7 +30,10 @@ COLUMNS = {
 
 
 def main() -> None:
-    options = _parser().parse_args()
+    parser = _parser()
+    options = parser.parse_args()
+    if options.seeds < 1:
+        parser.error(f"--seeds {options.seeds}: give one at least")
     folder: Path = options.folder.absolute()
     data, start = folder / "data", folder / "warm_start"
     commands.prepare(data)

@@ -28,11 +28,14 @@ def main() -> None:
     unknown = [task for task in given.tasks if task not in known]
     if unknown:
         sys.exit(f"{', '.join(unknown)}: no task of reasoning-gym; there are {', '.join(sorted(known))}")
-    with given.file.open("w", encoding="utf-8") as lines:
-        for task in given.tasks:
-            for entry in reasoning_gym.create_dataset(task, size=given.size, seed=given.seed):
-                row = {"prompt": entry["question"] + INSTRUCTION, "ground_truth": {"dataset": task, "entry": entry}}
-                lines.write(f"{json.dumps(row, default=str)}\n")
+    try:
+        with given.file.open("w", encoding="utf-8") as lines:
+            for task in given.tasks:
+                for entry in reasoning_gym.create_dataset(task, size=given.size, seed=given.seed):
+                    row = {"prompt": entry["question"] + INSTRUCTION, "ground_truth": {"dataset": task, "entry": entry}}
+                    lines.write(f"{json.dumps(row, default=str)}\n")
+    except OSError as error:
+        sys.exit(f"{given.file} cannot be written: {error.strerror}")
     print(f"{given.file}: {given.size} entries each of {', '.join(given.tasks)}")
 
 

@@ -57,7 +57,7 @@ def rows_of(path: str, split: str) -> Iterator[tuple[str, Raw]]:
     elif given.is_file() or given.suffix in _JSONL + _PARQUET:
         yield from _file(given)
     elif path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise UserError(f"{path!r} does not exist; give a JSONL or Parquet file, or a folder of them")
+        raise UserError(f"there is no file or folder {path!r}; give a JSONL or Parquet file, or a folder of them")
     else:
         yield from _hub(path, split)
 

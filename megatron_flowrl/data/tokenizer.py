@@ -14,12 +14,16 @@ from megatron_flowrl.config import UserError
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _CURE = "set data.tokenizer to a folder with one, or to a SentencePiece .model file, or give token ids instead of text"
+_NO_CHAT = "give prompts of text, with prompts.chat=false, or a tokenizer that has one: data.tokenizer"
 Messages = Sequence[Mapping[str, str]]  # {"role", "content"} each
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to token ids and back. `encode` and `chat` raise ValueError for text that gives no tokens."""
+    """Text to token ids and back.
+
+    `encode` and `chat` raise ValueError for text that gives no tokens, `chat` UserError where there is no template.
+    """
 
     name: str
     size: int
@@ -56,9 +60,7 @@ def _hugging_face(folder: Path, tokenizer: Any) -> Tokenizer:
 
     def chat(messages: Messages) -> list[int]:
         if not tokenizer.chat_template:
-            raise ValueError(
-                f"{folder} has no chat template; give prompts.chat=false and text, or a tokenizer that has one"
-            )
+            raise UserError(f"the tokenizer of {folder} has no chat template; {_NO_CHAT}")
         text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
         return _some(text, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
@@ -87,7 +89,7 @@ def _sentencepiece(file: Path) -> Tokenizer:
         return str(model.decode([number for number in ids if number not in control]))
 
     def chat(_: Messages) -> list[int]:
-        raise ValueError(f"{file}, a SentencePiece model, has no chat template; give prompts.chat=false and text")
+        raise UserError(f"{file}, a SentencePiece model, has no chat template; {_NO_CHAT}")
 
     return Tokenizer(str(file), model.get_piece_size(), encode, decode, chat)
 

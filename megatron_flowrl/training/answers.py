@@ -64,12 +64,11 @@ class Answers:
         session: Session,
         model: ParallelModel,
         tokenizer: Callable[[], Tokenizer],
-        stop: tuple[int, ...],
         logs: Path,
     ) -> None:
         config = session.config
         self._config, self._world, self._tokenizer = config, session.world, tokenizer
-        self._stop, self._version = stop, ""
+        self._version = ""
         self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=_GRADING_SECONDS))
         self._pool: GraderPool | None = None
         with together():

@@ -48,7 +48,7 @@ def train(config: Config, world: World) -> None:
 def _answers(session: Session, inputs: Inputs, trainer: Trainer, folder: RunFolder, stack: ExitStack) -> Answers | None:
     if inputs.prompts is None:
         return None
-    answers = Answers(session, trainer.model, inputs.tokenizer, inputs.stop_token_ids, folder.logs)
+    answers = Answers(session, trainer.model, inputs.tokenizer, folder.logs)
     stack.callback(answers.close)
     answers.start()
     return answers

@@ -157,6 +157,26 @@ def test_a_tokenizer_of_another_model_is_told_once(prompts: Any) -> None:
     assert "gives token ids up to 298, and the model's vocabulary has 100" in problem and "data.tokenizer" in problem
 
 
+def test_messages_without_a_template_are_told_once(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": [{"role": "w6", "content": "w2"}]}] * 5)
+    with pytest.raises(UserError) as caught:
+        load_prompts(
+            PromptsConfig(),
+            setting="prompts.path",
+            path=str(rows),
+            split="train",
+            limit=None,
+            tokenizer=lambda: load_tokenizer(tmp_path),
+            limits=Limits(len(WORDS), 20),
+            max_answer_tokens=8,
+            answer_setting="generation.max_tokens",
+            check=lambda truth, row: None,
+        )
+    (problem,) = caught.value.problems
+    assert "has no chat template; give prompts of text" in problem
+
+
 def test_the_fingerprint_is_of_all_that_a_grader_is_given(prompts: Any) -> None:
     def of(**row: Any) -> str:
         return str(prompts([{"prompt": "w2", "answer": 1} | row]).fingerprint)

@@ -65,7 +65,7 @@ def test_a_mark_at_the_start_of_a_file_is_no_matter(tmp_path: Path) -> None:
     ("name", "content", "what"),
     [
         ("gone.jsonl", None, "does not exist"),
-        ("./gone", None, "does not exist; give a JSONL or Parquet file"),
+        ("./gone", None, "there is no file or folder"),
         ("empty.jsonl", b"\n", "there is none"),
         ("damaged.parquet", b"PAR1 no more", "cannot be read as Parquet"),
         ("rows.csv", b"a,b", "is no .jsonl, .json, .parquet file"),

@@ -33,7 +33,7 @@ def test_a_hugging_face_folder(tmp_path: Path) -> None:
     assert tokenizer.size == len(WORDS)
     assert tokenizer.encode("w5 w7", True) == [5, 7]
     assert tokenizer.decode([5, 7, EOS]) == "w5 w7"
-    with pytest.raises(ValueError, match="no chat template"):
+    with pytest.raises(UserError, match="no chat template; give prompts of text"):
         tokenizer.chat([{"role": "user", "content": "w5"}])
 
 
@@ -52,7 +52,7 @@ def test_a_sentencepiece_file(pieces: Path) -> None:
     assert ids[0] == 1 and ids[1:] == tokenizer.encode("two plus four", False)  # 1: <s>
     assert max(ids) < tokenizer.size
     assert tokenizer.decode([*ids, 2]) == "two plus four"  # 2: </s>
-    with pytest.raises(ValueError, match="has no chat template"):
+    with pytest.raises(UserError, match="has no chat template; give prompts of text"):
         tokenizer.chat([{"role": "user", "content": "two"}])
 
 
