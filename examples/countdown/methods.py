@@ -2,7 +2,8 @@
 
 FlowRL's rewards are taken less their group's mean. That changes log Z and not the target, and takes much of the noise
 from the updates: log Z is then nearly the same for problems that are solved always and for those that never are. PPO's
-critic has a learning rate of its own. All settings were chosen on the validation split, with seed 0.
+critic has a learning rate of its own. The settings were chosen in a few short runs of `exact` on the validation split;
+what the others share with it was not tuned for them.
 """
 
 from __future__ import annotations
