@@ -212,8 +212,8 @@ class LogProbConfig:
     temperature: PositiveFloat = 1.0
     """Logits are divided by this."""
 
-    chunk_bytes: Annotated[int, Field(ge=2**20)] = 2**26
-    """Working memory of the computation over the vocabulary, in bytes."""
+    chunk_bytes: Annotated[int, Field(ge=2**20)] | None = None
+    """Working memory of the computation over the vocabulary, in bytes. null: 64 MiB on a CPU, 256 MiB on a GPU."""
 
     entropy: bool = False
     """Also compute the entropy at every token."""

@@ -41,7 +41,7 @@ class LogProbRequest:
     rows: Tensor
     labels: Tensor
     temperature: float
-    chunk_bytes: int
+    chunk_bytes: int | None
     entropy: EntropyMode = "none"
     log_z: LogZRequest | None = None
 

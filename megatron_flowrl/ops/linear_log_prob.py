@@ -36,6 +36,7 @@ from megatron_flowrl.ops.matmul import Matmul, wide_dtype
 from megatron_flowrl.ops.tiles import CHUNK_BYTES_PER_HIDDEN, Buffers, Tiles
 
 Entropy = Literal["none", "detached", "differentiable"]
+CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 2**26, 2**28
 
 
 def linear_log_prob(
@@ -47,7 +48,7 @@ def linear_log_prob(
     vocab_start: int = 0,
     vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
-    chunk_bytes: int,
+    chunk_bytes: int | None = None,
     entropy: Entropy = "none",
     accumulate_into_main_grad: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -75,7 +76,8 @@ def linear_log_prob(
     Gradient accumulation. With `accumulate_into_main_grad` the weight's gradient is added to `weight.main_grad` (fp32
     or bf16), by the protocol of Megatron's fused accumulation: see `_gradient_placeholder`.
 
-    Memory. The working buffers of a direction take at most `chunk_bytes`, whatever N and V. Beside them there are a
+    Memory. The working buffers of a direction take at most `chunk_bytes` (None: 64 MiB on a CPU and 256 MiB on a GPU,
+    which wants larger products), whatever N and V. Beside them there are a
     dozen numbers a token, the gradients, and an fp32 copy of the weight's gradient if that is bf16 *and* the tokens
     are more than one block of rows (4,096, or what fits into `chunk_bytes`).
 
@@ -83,6 +85,8 @@ def linear_log_prob(
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be above 0")
+    if chunk_bytes is None:
+        chunk_bytes = GPU_CHUNK_BYTES if hidden.is_cuda else CPU_CHUNK_BYTES
     options = _Options(
         inverse_temperature=1 / temperature,
         vocab_start=vocab_start,

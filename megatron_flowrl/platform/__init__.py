@@ -80,9 +80,11 @@ def current_platform(local_rank: int = 0) -> Platform:
         # Before CUDA starts: up to Hopper, Megatron's overlap of tensor-parallel communication needs the order in which
         # kernels are launched to be the order in which they run.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        # fp32 means fp32: Transformer Engine asks cuBLAS for TF32 whatever torch says, and containers may switch it on.
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+        torch.set_float32_matmul_precision("highest")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("highest")  # fp32 means fp32: containers may switch TF32 on
         return Platform(device, "nccl", libraries)
     cuda_stand_in.install()
     return Platform(torch.device("cpu"), "gloo", find_libraries())

@@ -16,6 +16,8 @@ What is replaced, and why:
    gains nothing. (The fusions are off on a CPU: none that was imported before is called.)
 6. `Tensor.type()`, only while an optimizer of Megatron is being built or clips gradients: it compares the name of
    a tensor's type with "torch.cuda.FloatTensor".
+7. `megatron.core.optimizer`'s choice of Adam: torch's, also where Transformer Engine or Apex are installed and the GPU
+   is hidden. Theirs runs on a GPU only.
 
 `install()` refuses to run beside a GPU, may be called twice, and `uninstall()` puts everything back. vLLM must never
 see any of this: its workers are other processes, and nothing here reaches a process that is spawned.
@@ -215,6 +217,9 @@ def _replace_all() -> None:
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     _replace(random, "_get_cuda_rng_state", _get_rng_state)
     _replace(random, "_set_cuda_rng_state", _set_rng_state)
+    optimizers = importlib.import_module("megatron.core.optimizer")
+    _replace(optimizers, "Adam", torch.optim.AdamW)
+    _replace(optimizers, "USING_PYTORCH_OPTIMIZER", True)
     optimizer = importlib.import_module("megatron.core.optimizer.optimizer")
     distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
     for optimizer_class in (optimizer.Float16OptimizerWithFloat16Params, distributed):

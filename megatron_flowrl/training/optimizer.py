@@ -88,10 +88,17 @@ class Optimizer:
         for optimizer in _parts_of(self.megatron):
             groups = optimizer.optimizer.param_groups if optimizer.optimizer is not None else []
             heads = {id(p.grad) for group in groups if group.get("part") == LOG_Z for p in group["params"]}
-            for gradient in optimizer.get_main_grads_for_grad_norm():
+            for gradient in _counted_gradients(optimizer):
                 squares[self._parts.index(LOG_Z) if id(gradient) in heads else 0] += gradient.double().square().sum()
         dist.all_reduce(squares, group=self.megatron.get_grad_stats_parallel_group())
         return dict(zip(self._parts, squares.sqrt().tolist(), strict=True))
+
+
+def _counted_gradients(optimizer: Any) -> list[torch.Tensor]:
+    """Megatron-Core 0.19 gave the method another name."""
+    method = getattr(optimizer, "get_grads_for_grad_norm", None) or optimizer.get_main_grads_for_grad_norm
+    gradients: list[torch.Tensor] = method()
+    return gradients
 
 
 def _parts_of(optimizer: MegatronOptimizer) -> list[Any]:

@@ -22,6 +22,7 @@ MODULES = (
     *cuda_stand_in._MODULES_NAMING_CUDA,
     "megatron.core.jit",
     "megatron.core.tensor_parallel.random",
+    "megatron.core.optimizer",
     "megatron.core.optimizer.optimizer",
 )
 
@@ -76,6 +77,18 @@ def test_only_what_is_listed_is_replaced(installed: dict[Any, dict[str, Any]]) -
         "Tensor.cuda",
         "Module.cuda",
     }
+
+
+def test_adam_is_torchs_whatever_else_is_installed(
+    originals: dict[Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizers = importlib.import_module("megatron.core.optimizer")
+    monkeypatch.setattr(optimizers, "Adam", object)  # as where Transformer Engine can be imported
+    monkeypatch.setattr(optimizers, "USING_PYTORCH_OPTIMIZER", False)
+    cuda_stand_in.install()
+    assert optimizers.Adam is torch.optim.AdamW and optimizers.USING_PYTORCH_OPTIMIZER is True
+    cuda_stand_in.uninstall()
+    assert optimizers.Adam is object and optimizers.USING_PYTORCH_OPTIMIZER is False
 
 
 def test_installing_twice_is_installing_once(originals: dict[Any, dict[str, Any]]) -> None:
