@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,8 @@ from megatron_flowrl.model.gpt import LOG_Z_HEAD, OWN_HEADS, VALUE_HEAD
 
 MODEL, LOG_Z, VALUES, OPTIMIZER, SCHEDULE = "model", "log_z", "values", "optimizer", "schedule"
 HEADS = {LOG_Z: LOG_Z_HEAD, VALUES: VALUE_HEAD}  # parts that are heads of our own, and their parameters' prefixes
+
+_UNSAFE_PICKLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ class TrainingState:
         for index, module in enumerate(self.model.modules):
             values = loaded[MODEL][f"{MODEL}{index}"]
             whole = {name: value for name, value in values.items() if not isinstance(value, list | dict)}
-            missing = module.load_state_dict(whole, strict=False).missing_keys
+            with _pickled_scales_allowed():
+                missing = module.load_state_dict(whole, strict=False).missing_keys
             unknown = [
                 name
                 for name in missing
@@ -91,6 +96,23 @@ class TrainingState:
             set_optimizer_step(self.optimizer, loaded[OPTIMIZER]["step"])
         if self.schedule is not None:
             self.schedule.load_state_dict(loaded[SCHEDULE])
+
+
+@contextmanager
+def _pickled_scales_allowed() -> Iterator[None]:
+    """Let Transformer Engine read the scales of its delayed recipe, unless the environment says not to.
+
+    It writes them as a pickle, which newer versions do not read unless asked. To read a checkpoint is to trust its
+    folder in any case: torch unpickles the `.metadata` in it.
+    """
+    if _UNSAFE_PICKLE in os.environ:
+        yield
+        return
+    os.environ[_UNSAFE_PICKLE] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_UNSAFE_PICKLE]
 
 
 def _in_pieces(value: Any) -> Any:
