@@ -3,9 +3,10 @@ PYTHON ?= python3.11
 PYTHON_LATEST ?= python3.12
 VENV ?= .venv
 VENV_LATEST ?= .venv-latest
+VENV_TRL ?= .venv-trl
 REQUIREMENTS := requirements/cpu.txt requirements/dev.txt
 
-.PHONY: install demo compare test test-latest lint bench figure1 clean
+.PHONY: install demo compare test test-latest lint bench bench-trl figure1 clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +17,7 @@ help:
 	@echo "make test-latest  the distributed core tests on Python 3.12 and Megatron-Core 0.19.2"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench        run the benchmarks; each prints JSON and a table"
+	@echo "make bench-trl    whole steps beside TRL's GRPOTrainer, which is put into an environment of its own, $(VENV_TRL)"
 	@echo "make figure1      distribution matching on tasks that can be counted: table and figures, ten minutes"
 
 install: $(VENV)/.installed
@@ -32,6 +34,9 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	for script in benchmarks/*.py; do $(VENV)/bin/python $$script || exit 1; done
+
+bench-trl: $(VENV)/.installed $(VENV_TRL)/.installed
+	$(VENV)/bin/python benchmarks/trl/step.py --trl-python $(VENV_TRL)/bin/python
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m examples.countdown.demo $(ARGS)
@@ -53,6 +58,11 @@ $(VENV)/.installed: $(REQUIREMENTS) requirements/vllm.txt requirements/reasoning
 $(VENV_LATEST)/.installed: $(REQUIREMENTS) setup.py
 	$(PYTHON_LATEST) -m venv $(VENV_LATEST)
 	$(call fill,$(VENV_LATEST))
+	touch $@
+
+$(VENV_TRL)/.installed: benchmarks/trl/requirements.txt
+	$(PYTHON) -m venv $(VENV_TRL)
+	$(VENV_TRL)/bin/python -m pip install --quiet -r $<
 	touch $@
 
 define fill

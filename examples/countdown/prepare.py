@@ -2,8 +2,8 @@
 
     python -m examples.countdown.prepare FOLDER [--seed 0]
 
-FOLDER/model is a Hugging Face folder; train.jsonl, validation.jsonl and test.jsonl have problems, sft.jsonl solutions
-of all others than those in validation.jsonl and test.jsonl. The same seed makes the same files.
+FOLDER/model is a Hugging Face folder; train.jsonl, validation.jsonl and test.jsonl have problems, sft.jsonl responses
+to all others than those in validation.jsonl and test.jsonl. The same seed makes the same files.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from examples.countdown.task import PIECES, STYLES, problems, response_row_of, row_of, split, style_of
+from examples.countdown.task import PIECES, STYLES, Problem, problems, response_row_of, row_of, split, style_of
 
-RESPONSES_PER_PROBLEM = 20
+RESPONSES_PER_PROBLEM = 10
 SIZE = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -46,8 +46,13 @@ def prepare(folder: Path, seed: int) -> None:
         write_rows(folder / f"{name}.jsonl", (row_of(problem, order) for problem in some))
     held_out = {*parts["validation"], *parts["test"]}
     shown = [problem for problem in found if problem not in held_out]
-    chance = random.Random(f"{seed} responses")
-    responses = [response_row_of(problem, chance) for problem in shown for _ in range(RESPONSES_PER_PROBLEM)]
+    same_numbers: dict[tuple[int, ...], list[Problem]] = {}
+    for problem in found:
+        same_numbers.setdefault(problem.numbers, []).append(problem)
+    chance, responses = random.Random(f"{seed} responses"), []
+    for problem in shown:
+        others = [one for one in same_numbers[problem.numbers] if one.target != problem.target]
+        responses += [response_row_of(problem, others, chance) for _ in range(RESPONSES_PER_PROBLEM)]
     chance.shuffle(responses)
     write_rows(folder / "sft.jsonl", responses)
 

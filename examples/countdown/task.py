@@ -1,10 +1,12 @@
-"""Countdown with three numbers: reach a target by + - * and brackets, each number used once, written in any way.
+"""Countdown with four numbers: reach a target by + - and brackets, each number used once, written in any way.
 
-The answers to a problem are its writings: `2+3*4`, `3*4+2` and `4*3+2` are three; brackets that change nothing do not
-make another. All of them are known, so that what a model covers of them is exact.
+The answers to a problem are its writings: `7-2+3+1`, `3+1+7-2` and `7-(2-3-1)` are three of them; brackets that change
+nothing do not make another. All of them are known, so that what a model covers of them is exact.
 
 The responses of the warm start have three styles, drawn unequally: a writing's chance is in proportion to its style's
-weight. A policy that keeps what it was given goes on to write in all of them; one that maximises reward need not.
+weight. And some are careless: they reach another target. So there is something to learn, and something to keep: a
+policy that samples in proportion to its reward stops being careless and goes on to write in every style; one that
+maximises reward need not.
 """
 
 from __future__ import annotations
@@ -21,17 +23,19 @@ from megatron_flowrl.rewards import countdown
 from megatron_flowrl.rewards.grader import Grade, Item
 
 NUMBERS = range(1, 13)
-COUNT = 3  # numbers of a problem
+COUNT = 4  # numbers of a problem
 TARGETS = range(1, 100)
 FEWEST = 4  # writings of a problem that is asked; the warm start has those with fewer too
 STYLES = {"rising": 8, "falling": 3, "mixed": 1}
 """The order in which a writing has its numbers -> weight."""
+CARELESS = 0.3
+"""Share of the warm start's responses that solve another problem of the same numbers."""
 SPLITS = {"train": 0.7, "validation": 0.15, "test": 0.15}
 
-PIECES = ("<pad>", "<eos>", *map(str, range(100)), "+", "-", "*", "(", ")", "=", ":")
+PIECES = ("<pad>", "<eos>", *map(str, range(100)), "+", "-", "(", ")", "=", ":")
 """The vocabulary: whole numbers are single tokens."""
 
-_OPERATORS: Mapping[type[ast.operator], tuple[str, int]] = {ast.Add: ("+", 1), ast.Sub: ("-", 1), ast.Mult: ("*", 2)}
+_OPERATORS: Mapping[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-"}
 _LONGEST = 40  # characters of a writing, and more than any has
 
 
@@ -46,11 +50,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class _Written:
-    """A piece of an expression: `rank` is 3 for a number, else that of its outermost operator."""
+    """A number, or an expression."""
 
     text: str
-    rank: int
     value: int
+    is_number: bool
 
 
 def problems() -> list[Problem]:
@@ -94,10 +98,11 @@ def row_of(problem: Problem, chance: random.Random) -> dict[str, Any]:
     }
 
 
-def response_row_of(problem: Problem, chance: random.Random) -> dict[str, str]:
-    """A row for `sft`: a writing by the weight of its style."""
-    weights = [STYLES[style_of(writing)] for writing in problem.writings]
-    (writing,) = chance.choices(problem.writings, weights)
+def response_row_of(problem: Problem, others: Sequence[Problem], chance: random.Random) -> dict[str, str]:
+    """A row for `sft`: a writing by the weight of its style, now and then one that solves one of `others` instead."""
+    solved = chance.choice(others) if others and chance.random() < CARELESS else problem
+    weights = [STYLES[style_of(writing)] for writing in solved.writings]
+    (writing,) = chance.choices(solved.writings, weights)
     return {"prompt": prompt_of(problem, chance), "response": writing}
 
 
@@ -110,7 +115,7 @@ def style_of(writing: str) -> str:
 
 
 def writing_of(text: str) -> str | None:
-    """The text without brackets that change nothing; None where it is no expression of numbers and + - *."""
+    """The text without brackets that change nothing; None where it is no expression of numbers and + -."""
     if len(text) > _LONGEST:
         return None
     try:
@@ -135,32 +140,32 @@ def grade(items: Sequence[Item]) -> list[Grade]:
 def _all_written(numbers: tuple[int, ...]) -> Iterator[_Written]:
     """All expressions that have the numbers in this order."""
     if len(numbers) == 1:
-        yield _Written(str(numbers[0]), 3, numbers[0])
+        yield _Written(str(numbers[0]), numbers[0], is_number=True)
         return
     for place in range(1, len(numbers)):
         for left in _all_written(numbers[:place]):
             for right in _all_written(numbers[place:]):
-                for operator in ("+", "-", "*"):
+                for operator in _OPERATORS.values():
                     yield _joined(left, operator, right)
 
 
 def _joined(left: _Written, operator: str, right: _Written) -> _Written:
-    rank = 2 if operator == "*" else 1
-    before = f"({left.text})" if left.rank < rank else left.text
-    behind = f"({right.text})" if right.rank < rank or (operator == "-" and right.rank == 1) else right.text
-    value = {"+": left.value + right.value, "-": left.value - right.value, "*": left.value * right.value}[operator]
-    return _Written(f"{before}{operator}{behind}", rank, value)
+    if operator == "+":
+        return _Written(f"{left.text}+{right.text}", left.value + right.value, is_number=False)
+    behind = right.text if right.is_number else f"({right.text})"
+    return _Written(f"{left.text}-{behind}", left.value - right.value, is_number=False)
 
 
 def _written(node: ast.expr) -> _Written:
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-        return _joined(_written(node.left), _OPERATORS[type(node.op)][0], _written(node.right))
+        return _joined(_written(node.left), _OPERATORS[type(node.op)], _written(node.right))
     if isinstance(node, ast.Constant) and type(node.value) is int:
-        return _Written(str(node.value), 3, node.value)
-    raise ValueError("no expression of numbers and + - *")
+        return _Written(str(node.value), node.value, is_number=True)
+    raise ValueError("no expression of numbers and + -")
 
 
 __all__ = [
+    "CARELESS",
     "PIECES",
     "SPLITS",
     "STYLES",

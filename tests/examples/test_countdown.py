@@ -16,6 +16,7 @@ from examples.countdown.exact import measures
 from examples.countdown.methods import METHODS
 from examples.countdown.prepare import prepare
 from examples.countdown.task import (
+    CARELESS,
     PIECES,
     STYLES,
     Problem,
@@ -52,9 +53,9 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
 
 
 def test_writings_of_a_problem(all_problems: list[Problem]) -> None:
-    (found,) = [problem for problem in all_problems if (problem.numbers, problem.target) == ((2, 3, 4), 14)]
+    (found,) = [problem for problem in all_problems if (problem.numbers, problem.target) == ((1, 1, 1, 12), 9)]
     assert found.writings == (
-        "(3+4)*2", "(4+3)*2", "2*(3+4)", "2*(4+3)", "2+3*4", "2+4*3", "3*4+2", "4*3+2",
+        "12-(1+1)-1", "12-(1+1+1)", "12-1-(1+1)", "12-1-1-1",
     )  # fmt: skip
     assert len({(problem.numbers, problem.target) for problem in all_problems}) == len(all_problems)
 
@@ -68,16 +69,16 @@ def test_every_writing_is_right_and_a_key_of_its_own(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "writing"),
-    [("(2+3)+4", "2+3+4"), ("2-(3-4)", "2-(3-4)"), ("(2*3)*4", "2*3*4"), ("(2+3)*4", "(2+3)*4"), (" 2 + 3", "2+3"),
-     ("-2+3", None), ("2/3", None), ("2+", None), ("f(2)", None), ("2**3", None), ("(" * 5000, None)],
+    [("(2+3)+4", "2+3+4"), ("2-(3-4)", "2-(3-4)"), ("2+(3-4)", "2+3-4"), ("(2-3)-4", "2-3-4"), (" 2 + 3", "2+3"),
+     ("-2+3", None), ("2*3", None), ("2+", None), ("f(2)", None), ("2**3", None), ("(" * 5000, None)],
 )  # fmt: skip
 def test_brackets_that_change_nothing_are_no_writing_of_their_own(text: str, writing: str | None) -> None:
     assert writing_of(text) == writing
 
 
 def test_a_wrong_answer_is_worth_nothing() -> None:
-    row = {"writings": ["2+3*4"]}
-    wrong, odd = grade([Item(text, {"numbers": [2, 3, 4], "target": 14}, row=row) for text in ("2+3+4", "-2+4*4")])
+    row = {"writings": ["2+3+4-1"]}
+    wrong, odd = grade([Item(text, {"numbers": [1, 2, 3, 4], "target": 8}, row=row) for text in ("2+3+4+1", "-1+5+4")])
     assert wrong.score == odd.score == 0.0 and wrong.key is None
 
 
@@ -93,18 +94,28 @@ def test_splits_share_no_problem(all_problems: list[Problem], folder: Path) -> N
 
 
 def test_responses_are_unequal_in_style(all_problems: list[Problem]) -> None:
-    (problem,) = [one for one in all_problems if (one.numbers, one.target) == ((2, 3, 4), 9)]
+    (problem,) = [one for one in all_problems if (one.numbers, one.target) == ((2, 3, 4, 5), 14)]
     chance, counts = random.Random(1), Counter[str]()
     for _ in range(3000):
-        counts[response_row_of(problem, chance)["response"]] += 1
-    assert set(counts) == set(problem.writings) and len(counts) == 6
-    expected = {writing: STYLES[style_of(writing)] / 15 for writing in counts}  # 8 + 3 + 4 x 1
+        counts[response_row_of(problem, [], chance)["response"]] += 1
+    assert set(counts) == set(problem.writings) and len(counts) == 24
+    expected = {writing: STYLES[style_of(writing)] / 33 for writing in counts}  # 8 + 3 + 22 x 1
     assert all(counts[w] / 3000 == pytest.approx(share, abs=0.04) for w, share in expected.items())
+
+
+def test_some_responses_are_careless(all_problems: list[Problem]) -> None:
+    problem, other = (p for p in all_problems if p.numbers == (2, 3, 4, 5) and p.target in (14, 10))
+    chance = random.Random(1)
+    rows = [response_row_of(problem, [other], chance) for _ in range(3000)]
+    wrong = [row for row in rows if row["response"] not in problem.writings]
+    assert all(row["response"] in other.writings for row in wrong)
+    assert {row["prompt"].split(" = ")[1] for row in rows} == {f"{problem.target} :"}
+    assert len(wrong) / 3000 == pytest.approx(CARELESS, abs=0.03)
 
 
 @pytest.mark.parametrize(
     ("writing", "style"),
-    [("2+3*12", "rising"), ("12-10-9", "falling"), ("10*2+12", "mixed"), ("3+3+3", "rising"), ("9+12-10", "mixed")],
+    [("2+3-12", "rising"), ("12-10-9", "falling"), ("10-2+12", "mixed"), ("3+3+3", "rising"), ("9+12-10", "mixed")],
 )
 def test_styles(writing: str, style: str) -> None:
     assert style_of(writing) == style
