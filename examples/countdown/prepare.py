@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from examples.countdown.task import PIECES, STYLES, Problem, problems, response_row_of, row_of, split, style_of
 
-RESPONSES_PER_PROBLEM = 10
+RESPONSES_PER_PROBLEM = 20
 SIZE = {
     "hidden_size": 128,
     "intermediate_size": 384,

@@ -16,6 +16,7 @@ import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import combinations_with_replacement, pairwise, permutations
 from typing import Any
 
@@ -30,7 +31,7 @@ STYLES = {"rising": 8, "falling": 3, "mixed": 1}
 """The order in which a writing has its numbers -> weight."""
 CARELESS = 0.3
 """Share of the warm start's responses that solve another problem of the same numbers."""
-SPLITS = {"train": 0.7, "validation": 0.15, "test": 0.15}
+SPLITS = {"train": 0.9, "validation": 0.05, "test": 0.05}
 
 PIECES = ("<pad>", "<eos>", *map(str, range(100)), "+", "-", "(", ")", "=", ":")
 """The vocabulary: whole numbers are single tokens."""
@@ -106,6 +107,7 @@ def response_row_of(problem: Problem, others: Sequence[Problem], chance: random.
     return {"prompt": prompt_of(problem, chance), "response": writing}
 
 
+@cache
 def style_of(writing: str) -> str:
     """`rising` where no number is below the one before it, else `falling` where none is above, else `mixed`."""
     numbers = [int(text) for text in re.findall(r"\d+", writing)]
