@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 
 from megatron_flowrl.checkpoint.folder import CheckpointFolder
 from megatron_flowrl.checkpoint.manifest import Manifest, problem_with, read_manifest
@@ -133,6 +134,8 @@ def _load(state: TrainingState, manifest: Manifest, path: Path) -> None:
     with weights_in_place(state.model.chunks):
         without = tuple(prefix for part, prefix in HEADS.items() if part not in manifest.parts)
         sharded = state.sharded_state_dict(without=without)
+        # Megatron-Core 0.19 would quantise FP8 weights while it reads them, and the optimizer begin from rounded ones.
+        force_all_tensors_to_non_fp8(sharded)
         trouble: Exception | None = None
         try:
             loaded: dict[str, Any] = dist_checkpointing.load(sharded, str(path))

@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_flowrl.checkpoint import reader, writer
 from megatron_flowrl.checkpoint.folder import CheckpointFolder
@@ -167,6 +169,26 @@ def test_another_architecture_is_refused(root: Path, tmp_path: Path) -> None:
     other = save_model("qwen3", tmp_path / "other")
     with pytest.raises(SharedUserError, match="family is qwen2 in the checkpoint and qwen3 in the model"):
         _resume(str(other), root)
+
+
+def test_quantised_weights_are_read_unquantised(model: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is loaded is where the optimizer begins; with values that FP8 has rounded, small updates would be lost."""
+    places: set[int] = set()
+    load = reader.dist_checkpointing.load
+
+    def loads(sharded: dict[str, Any], path: str) -> Any:
+        places.update(v.data.data_ptr() for v in nested_values(sharded["model"]) if isinstance(v, ShardedTensor))
+        return load(sharded, path)
+
+    def is_norm(tensor: Any) -> bool:
+        return isinstance(tensor, torch.Tensor) and tensor.dim() == 1
+
+    monkeypatch.setattr(reader.dist_checkpointing, "load", loads)
+    monkeypatch.setattr("megatron.core.fp8_utils.is_float8tensor", is_norm)  # as if norms were quantised
+    monkeypatch.setattr("megatron.core.fp8_utils.dequantize_fp8_tensor", torch.clone)
+    (module,) = _resume(model, root).state.model.modules
+    assert module.embedding.word_embeddings.weight.data_ptr() in places  # read where it lies
+    assert module.decoder.final_layernorm.weight.data_ptr() not in places
 
 
 def test_weights_alone_are_not_gone_on_from_unless_asked(model: str, tmp_path: Path, said: Callable[[], str]) -> None:
