@@ -28,6 +28,8 @@ COLUMNS = {
     "kl": "KL to target",
 }
 
+_AT_THE_ENDS = "evaluation.interval=1000000"  # before the first step and after the last, and not in between
+
 
 def main() -> None:
     parser = _parser()
@@ -44,14 +46,19 @@ def main() -> None:
         each = (time.monotonic() - began) / number / 60 if number else None
         left = "" if each is None else f", about {each * (len(runs) - number):.0f} min left"
         print(f"\n[{number + 1}/{len(runs)}] {name}, seed {seed}{left}", flush=True)
-        arguments = [*METHODS[name], f"seed={seed}", *options.overrides]
-        commands.train(data, start, folder / f"{name}_{seed}", "test", *arguments)
+        commands.train(data, start, folder / f"{name}_{seed}", "test", *settings_of(name, seed, options.overrides))
     result = gather(folder, data, start, runs)
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(table(result))
     draw(result, folder / "compare.png")
     commands.report([folder / f"{name}_0" for name in options.methods], folder / "report.html")
     print(f"result.json, compare.png and report.html are in {folder}")
+
+
+def settings_of(name: str, seed: int, overrides: Sequence[str]) -> list[str]:
+    """Of one run; the later of two for the same key counts."""
+    given = [*METHODS[name], f"seed={seed}", _AT_THE_ENDS, *overrides]
+    return [*{setting.partition("=")[0]: setting for setting in given}.values()]
 
 
 def gather(folder: Path, data: Path, start: Path, runs: Sequence[tuple[str, int]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from examples.countdown.compare import settings_of
 from examples.countdown.exact import measures
 from examples.countdown.methods import METHODS
 from examples.countdown.prepare import prepare
@@ -147,6 +148,12 @@ def test_exact_measures() -> None:
 )
 def test_recipes_are_good(recipe: Path) -> None:
     check_config(load_config(recipe, ["model.path=model", "evaluation.path=test.jsonl"]))
+
+
+def test_what_the_user_sets_counts_for_every_run() -> None:
+    settings = settings_of("flowrl_exact", 2, ["flowrl.beta=3", "run.steps=7"])
+    assert {"objective.preset=exact", "flowrl.beta=3", "seed=2", "run.steps=7"} <= {*settings}
+    assert len({setting.partition("=")[0] for setting in settings}) == len(settings)
 
 
 @pytest.mark.parametrize("name", METHODS)
