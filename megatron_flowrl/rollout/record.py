@@ -63,6 +63,16 @@ class RolloutRecord:
         """The sampler's log-probs, answer by answer."""
         return [part.tolist() for part in self.log_probs.split([len(s.response) for s in self.sequences])]
 
+    def check_tokens(self, vocab_size: int, where: str) -> None:
+        """Raises UserError, naming `where` it is from, for tokens that a model of this vocabulary does not have."""
+        for sequence in self.sequences:
+            for token in (*sequence.prompt, *sequence.response):
+                if not 0 <= token < vocab_size:
+                    raise UserError(
+                        f"{where} has token {token}, and the model's vocabulary has {vocab_size}: it was recorded with "
+                        "another model; give the folder of a run of this one"
+                    )
+
     def encode(self) -> bytes:
         """The content of its file."""
         tensors = {

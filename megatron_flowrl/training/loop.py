@@ -64,7 +64,14 @@ def _train(
     position: int,
 ) -> None:
     config, rank = session.config, session.world.rank
-    rollouts = Rollouts(config, inputs.prompts, answers, inputs.stop_token_ids, journal.folder.rollouts)
+    rollouts = Rollouts(
+        config,
+        inputs.prompts,
+        answers,
+        inputs.stop_token_ids,
+        inputs.architecture.vocab_size,
+        journal.folder.rollouts,
+    )
     evaluator = None
     if answers is not None and inputs.held_out is not None:
         evaluator = Evaluator(config, inputs.held_out, answers, inputs.stop_token_ids)

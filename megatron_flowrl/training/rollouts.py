@@ -34,9 +34,11 @@ class Rollouts:
         prompts: PromptSet | None,
         answers: Answers | None,
         stop_token_ids: tuple[int, ...],
+        vocab_size: int,
         own: Path,
     ) -> None:
         self._config, self._prompts, self._answers, self._stop = config, prompts, answers, stop_token_ids
+        self._vocab_size = vocab_size
         self._own = RecordFolder(own)
         self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=_WAITING_SECONDS))
         self._replay = RecordFolder(Path(config.rollout.replay)) if config.rollout.replay is not None else None
@@ -50,7 +52,7 @@ class Rollouts:
         """The rollout of a step, the same on every rank; what was sampled is on disk before this returns.
 
         `position` is the number of prompts that the steps before have taken. Raises SharedUserError where a record is
-        asked for (rollout.replay) that is not there or not whole.
+        asked for (rollout.replay) that is not there, not whole, or of another model's tokens.
         """
         content: bytes | None = None
         with together():
@@ -76,7 +78,8 @@ class Rollouts:
             content = self._replay.read(step)
             if content is None:
                 raise UserError(_lacks(self._replay, step))
-            decode(content, str(self._replay.path_of(step)))
+            path = self._replay.path_of(step)
+            decode(content, str(path)).check_tokens(self._vocab_size, str(path))
             return content
         content = self._own.read(step)
         if content is None or self._resampled:  # after a step of new answers the weights are others

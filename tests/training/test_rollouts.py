@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_flowrl.config import Config, load_config
+from megatron_flowrl.config import Config, SharedUserError, load_config
 from megatron_flowrl.data.prompts import Prompt, PromptSet
 from megatron_flowrl.observe.log import logger
 from megatron_flowrl.observe.timers import Timers
@@ -21,6 +21,7 @@ from megatron_flowrl.rollout.generation import Answer, VersionSpan
 from megatron_flowrl.training.answers import Graded
 from megatron_flowrl.training.rollouts import Rollouts
 
+VOCABULARY = 10
 PROMPTS = PromptSet(tuple(Prompt((number,), str(number), 1, {}) for number in range(10)), 0, "here", "mark")
 
 
@@ -59,7 +60,7 @@ def settings(**more: Any) -> Config:
 
 
 def rollouts(folder: Path, answers: Any, config: Config | None = None) -> Rollouts:
-    return Rollouts(config or settings(), PROMPTS, answers, (1,), folder)
+    return Rollouts(config or settings(), PROMPTS, answers, (1,), VOCABULARY, folder)
 
 
 def test_a_step_is_on_disk_when_it_is_returned_and_is_not_sampled_again(tmp_path: Path) -> None:
@@ -69,6 +70,14 @@ def test_a_step_is_on_disk_when_it_is_returned_and_is_not_sampled_again(tmp_path
     assert [version for version, _ in first.asked] == ["1"] and len(found.sequences) == 6
     assert found.rewards == (0.0, 1.0) * 3 and (found.position, found.next_position) == (3, 6)
     assert rollouts(tmp_path, second).take(2, 3, Timers()).sequences == found.sequences and not second.asked
+
+
+def test_tokens_of_another_model_are_refused(tmp_path: Path) -> None:
+    rollouts(tmp_path, Sampled()).take(1, 0, Timers())
+    config = settings(rollout__replay=tmp_path)
+    assert Rollouts(config, None, None, (1,), VOCABULARY, tmp_path / "own").take(1, 0, Timers()).step == 1
+    with pytest.raises(SharedUserError, match=r"00000001.safetensors has token \d, and the model's vocabulary has 5:"):
+        Rollouts(config, None, None, (1,), 5, tmp_path / "own").take(1, 0, Timers())
 
 
 def test_all_prompts_come_before_one_comes_again(tmp_path: Path) -> None:
@@ -139,5 +148,5 @@ def test_old_records_go_when_a_checkpoint_has_their_steps(tmp_path: Path) -> Non
     assert sorted(path.stem for path in tmp_path.glob("*.safetensors")) == ["00000003", "00000004"]
     rollouts(tmp_path, Sampled()).prune(4)  # by default they stay
     replayed = settings(rollout__keep_records=1, rollout__replay=tmp_path)
-    Rollouts(replayed, None, None, (1,), tmp_path).prune(4)  # and where they are what is trained on
+    Rollouts(replayed, None, None, (1,), VOCABULARY, tmp_path).prune(4)  # and where they are what is trained on
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
