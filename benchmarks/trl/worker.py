@@ -1,4 +1,4 @@
-"""TRL's side of step.py, run by the python that has TRL: seconds of each step (a generation and its updates)."""
+"""TRL's side of step.py, run by the python that has TRL: seconds and mean length of each step."""
 
 import json
 import sys
@@ -30,10 +30,10 @@ def main() -> None:
     data, result = Path(sys.argv[1]), Path(sys.argv[2])
     prompts, answers, updates, limit, steps, processes = map(int, sys.argv[3:])
     rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
-    lengths: list[int] = []
+    lengths: list[float] = []
 
     def reward(completion_ids: list[list[int]], **_: object) -> list[float]:
-        lengths.extend(map(len, completion_ids))
+        lengths.append(sum(map(len, completion_ids)) / len(completion_ids))  # this rank's, once a step
         return [float(len(set(ids)) % 2) for ids in completion_ids]
 
     times = Times()
@@ -49,7 +49,7 @@ def main() -> None:
             bf16=False,
             beta=0.0,
             temperature=1.0,
-            learning_rate=2e-4,
+            learning_rate=1e-9,
             lr_scheduler_type="constant",
             num_generations=answers,
             max_completion_length=limit,
@@ -58,6 +58,7 @@ def main() -> None:
             steps_per_generation=updates,
             max_steps=steps * updates,
             gradient_checkpointing=False,
+            ddp_find_unused_parameters=False,
             report_to="none",
             save_strategy="no",
             logging_strategy="no",
@@ -70,7 +71,7 @@ def main() -> None:
     if trainer.accelerator.is_main_process:
         measured = {
             "seconds": [after - before for before, after in pairwise(ends)],
-            "length_mean": sum(lengths) / len(lengths),
+            "lengths": lengths,
             "versions": {name: version(name) for name in ("trl", "transformers", "torch")},
         }
         result.write_text(json.dumps(measured))

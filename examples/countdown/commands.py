@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+from examples.countdown.prepare import STAMP, stamp
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
@@ -14,9 +17,13 @@ RANKS = 2
 
 
 def prepare(folder: Path) -> None:
-    """Model, tokenizer and data, unless they are there."""
+    """Model, tokenizer and data, unless they are there. Ends the program where what is there is of another task."""
     if not (folder / "sft.jsonl").is_file():
         run([sys.executable, "-m", "examples.countdown.prepare", str(folder)])
+        return
+    made = folder / STAMP
+    if not made.is_file() or json.loads(made.read_text()) != stamp():
+        sys.exit(f"{folder} was made for another form of the task: delete {folder.parent}, or give another --folder")
 
 
 def warm_start(data: Path, folder: Path, *overrides: str) -> None:

@@ -3,7 +3,8 @@
     python -m examples.countdown.prepare FOLDER [--seed 0]
 
 FOLDER/model is a Hugging Face folder; train.jsonl, validation.jsonl and test.jsonl have problems, sft.jsonl responses
-to all others than those in validation.jsonl and test.jsonl. The same seed makes the same files.
+to all others than those in validation.jsonl and test.jsonl. (A careless response may be what solves one of those: it
+stands under another prompt.) The same seed makes the same files; prepared.json says of what they are.
 """
 
 from __future__ import annotations
@@ -23,8 +24,23 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from examples.countdown.task import PIECES, STYLES, Problem, problems, response_row_of, row_of, split, style_of
+from examples.countdown.task import (
+    CARELESS,
+    COUNT,
+    FEWEST,
+    NUMBERS,
+    PIECES,
+    SPLITS,
+    STYLES,
+    Problem,
+    problems,
+    response_row_of,
+    row_of,
+    split,
+    style_of,
+)
 
+STAMP = "prepared.json"
 RESPONSES_PER_PROBLEM = 20
 SIZE = {
     "hidden_size": 128,
@@ -58,11 +74,27 @@ def prepare(folder: Path, seed: int) -> None:
 
     styles = Counter(style_of(row["response"]) for row in responses)
     writings = [len(problem.writings) for some in parts.values() for problem in some]
+    (folder / STAMP).write_text(json.dumps(stamp(), indent=2) + "\n")
     print(
         f"{folder}: {', '.join(f'{len(some)} problems to {name}' for name, some in parts.items())}, of "
         f"{sum(writings) / len(writings):.1f} writings on average; {len(responses)} responses to {len(shown)}, "
         f"{', '.join(f'{styles[style] / len(responses):.0%} {style}' for style in STYLES)}"
     )
+
+
+def stamp() -> dict[str, object]:
+    """What the files depend on, beside the seed: files of another task are not to be trained on."""
+    return {
+        "numbers": [NUMBERS.start, NUMBERS.stop - 1],
+        "count": COUNT,
+        "fewest": FEWEST,
+        "pieces": " ".join(PIECES),
+        "splits": SPLITS,
+        "styles": STYLES,
+        "careless": CARELESS,
+        "responses_per_problem": RESPONSES_PER_PROBLEM,
+        "size": SIZE,
+    }
 
 
 def save_model(folder: Path, seed: int) -> None:

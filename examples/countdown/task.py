@@ -129,11 +129,12 @@ def writing_of(text: str) -> str | None:
 def grade(items: Sequence[Item]) -> list[Grade]:
     """`reward.grader=examples.countdown.task.grade`: right or wrong as `countdown` says, the key being the writing.
 
-    A right answer that is none of the row's writings (which a sign before a number makes) has no key.
+    What follows an `=` does not count. A right answer that is none of the row's writings (which a sign before a number
+    makes) has no key.
     """
     grades = []
     for item, one in zip(items, countdown.make()(items), strict=True):
-        writing = writing_of(countdown.final_expression(item.response))
+        writing = writing_of(countdown.final_expression(item.response).partition("=")[0])
         known = item.row.get("writings")
         grades.append(replace(one, key=writing if known is None or writing in known else None))
     return grades

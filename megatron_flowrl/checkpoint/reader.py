@@ -135,6 +135,7 @@ def _load(state: TrainingState, manifest: Manifest, path: Path) -> None:
         without = tuple(prefix for part, prefix in HEADS.items() if part not in manifest.parts)
         sharded = state.sharded_state_dict(without=without)
         # Megatron-Core 0.19 would quantise FP8 weights while it reads them, and the optimizer begin from rounded ones.
+        # (Where there is an optimizer and checkpoint.load_optim is false, it does: Megatron takes them from the model.)
         force_all_tensors_to_non_fp8(sharded)
         trouble: Exception | None = None
         try:

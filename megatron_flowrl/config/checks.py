@@ -161,6 +161,11 @@ def _schedule(config: Config) -> Iterator[str]:
             f"optimizer.lr_decay_iters = {settings.lr_decay_iters} must be above optimizer.lr_warmup_iters = "
             f"{settings.lr_warmup_iters}: it counts the warm-up too"
         )
+    elif settings.min_lr == 0 and config.run.steps > settings.lr_decay_iters:
+        yield (
+            f"run.steps = {config.run.steps}: from step {settings.lr_decay_iters} on the learning rate is 0; give "
+            f"optimizer.min_lr, or set optimizer.lr_decay_iters={config.run.steps}"
+        )
     if settings.min_lr > settings.lr:
         yield f"optimizer.min_lr = {settings.min_lr} is above optimizer.lr = {settings.lr}; lower it"
 

@@ -81,7 +81,7 @@ def current_platform(local_rank: int = 0) -> Platform:
         # kernels are launched to be the order in which they run.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         # fp32 means fp32: Transformer Engine asks cuBLAS for TF32 whatever torch says, and containers may switch it on.
-        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+        os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
         torch.set_float32_matmul_precision("highest")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)

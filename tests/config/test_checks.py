@@ -16,6 +16,7 @@ from megatron_flowrl.config import (
 from megatron_flowrl.config.keys import KEYS
 
 MODEL = "model.path=folder"
+COSINE = "optimizer.lr_decay_style=cosine"
 HYBRID = "precision.fp8=hybrid"
 BLOCKWISE = "precision.fp8_recipe=blockwise"
 FULL = "recompute.recompute_granularity=full"
@@ -48,6 +49,8 @@ GRAD_OVERLAP = "ddp.overlap_grad_reduce=true"
         [URLS, "rollout.transfer=gloo", "rollout.dtype=float32"],
         ["rollout.transfer=ipc", "rollout.colocated=true"],
         ["rollout.transfer=disk", "rollout.transfer_folder=x"],
+        [COSINE, "optimizer.lr_decay_iters=20", "run.steps=20"],
+        [COSINE, "optimizer.lr_decay_iters=20", "run.steps=30", "optimizer.min_lr=1e-9"],
     ],
     ids=" ".join,
 )
@@ -131,6 +134,11 @@ BAD = [
         "precision.fp8_param_gather = true",
     ),
     (["reference.placement=host", HYBRID], "reference.placement = host", "precision.fp8_recipe = delayed"),
+    (
+        [COSINE, "optimizer.lr_decay_iters=20", "run.steps=30"],
+        "run.steps = 30: from step 20 on the learning rate is 0",
+        "give optimizer.min_lr, or set optimizer.lr_decay_iters=30",
+    ),
 ]
 
 

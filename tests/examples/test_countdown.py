@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from examples.countdown import commands
 from examples.countdown.compare import settings_of
 from examples.countdown.exact import measures
 from examples.countdown.methods import METHODS
@@ -81,6 +83,20 @@ def test_a_wrong_answer_is_worth_nothing() -> None:
     row = {"writings": ["2+3+4-1"]}
     wrong, odd = grade([Item(text, {"numbers": [1, 2, 3, 4], "target": 8}, row=row) for text in ("2+3+4+1", "-1+5+4")])
     assert wrong.score == odd.score == 0.0 and wrong.key is None
+
+
+def test_what_follows_an_equals_sign_does_not_count() -> None:
+    row = {"writings": ["12-1-1-1"]}
+    (one,) = grade([Item("12-1-1-1=9", {"numbers": [1, 1, 1, 12], "target": 9}, row=row)])
+    assert (one.score, one.key) == (1.0, "12-1-1-1")
+
+
+def test_data_of_another_task_is_not_taken_up(folder: Path, tmp_path: Path) -> None:
+    commands.prepare(folder)  # what is there is of this one
+    shutil.copytree(folder, tmp_path / "data")
+    (tmp_path / "data" / "prepared.json").write_text("{}")
+    with pytest.raises(SystemExit, match="was made for another form of the task: delete"):
+        commands.prepare(tmp_path / "data")
 
 
 def test_splits_share_no_problem(all_problems: list[Problem], folder: Path) -> None:
