@@ -1,6 +1,6 @@
 """Tasks of reasoning-gym as prompts with their entries: `python -m examples.reasoning_gym.prepare FILE [TASK ...]`.
 
-Needs reasoning-gym (pip install 'megatron-flowrl[reasoning-gym]'). The same seed makes the same file, for most tasks.
+Needs reasoning-gym (pip install -e '.[reasoning-gym]'). The same seed makes the same file, for most tasks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> None:
     try:
         import reasoning_gym
     except ImportError as error:
-        sys.exit(f"reasoning-gym cannot be imported ({error}): pip install 'megatron-flowrl[reasoning-gym]'")
+        sys.exit(f"reasoning-gym cannot be imported ({error}): pip install -e '.[reasoning-gym]'")
     known = reasoning_gym.factory.DATASETS
     unknown = [task for task in given.tasks if task not in known]
     if unknown:

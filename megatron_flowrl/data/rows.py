@@ -149,7 +149,7 @@ def _hub(name: str, split: str) -> Iterator[tuple[str, Raw]]:
     except ImportError as error:
         raise UserError(
             f"{name!r} is no file or folder here; as the name of a data set on the Hugging Face hub it needs the "
-            "package datasets: pip install 'megatron-flowrl[hub]'"
+            "package datasets: pip install -e '.[hub]'"
         ) from error
     try:
         found = datasets.load_dataset(name, split=split)

@@ -77,7 +77,7 @@ def write_report(runs: Sequence[Path], output: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"a report needs matplotlib, which cannot be imported ({error}): pip install 'megatron-flowrl[report]'"
+            f"a report needs matplotlib, which cannot be imported ({error}): pip install -e '.[report]'"
         ) from error
     read = read_runs(runs)
     parts = [part for section in _SECTIONS for part in section(read)]

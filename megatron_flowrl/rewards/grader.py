@@ -116,7 +116,7 @@ def import_library(grader: str, module: str, package: str, extra: str) -> Module
     except ImportError as error:
         raise UserError(
             f"reward.grader = {grader!r} needs {package}, which cannot be imported ({error}); "
-            f"pip install 'megatron-flowrl[{extra}]'"
+            f"pip install -e '.[{extra}]'"
         ) from error
 
 
