@@ -73,6 +73,7 @@ def settings_of(name: str, schedule: Schedule, seed: int) -> dict[str, Any]:
         "optimizer.lr_decay_style": "cosine",
         "optimizer.lr_warmup_iters": min(20, schedule.steps - 1),
         "optimizer.lr_decay_iters": schedule.steps,
+        "run.steps": schedule.steps,
         **METHODS[name].settings,
     }
 

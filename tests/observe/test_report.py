@@ -285,5 +285,5 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_a_missing_matplotlib_is_named_with_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"pip install 'megatron-flowrl\[report\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[report\]'"):
         write_report([tmp_path], tmp_path / "report.html")

@@ -83,7 +83,7 @@ def test_a_library_that_is_not_installed_is_named(name: str, monkeypatch: pytest
     library = {"math": "math_verify", "reasoning_gym": "reasoning_gym"}[name]
     monkeypatch.setitem(sys.modules, library, None)
     extra = name.replace("_", "-")
-    with pytest.raises(UserError, match=rf"needs .*pip install 'megatron-flowrl\[{extra}\]'"):
+    with pytest.raises(UserError, match=rf"needs .*pip install -e '.\[{extra}\]'"):
         make_grader(RewardConfig(grader=name))
     assert (
         check_ground_truth(name, {"answer": "1", "metadata": {"source_dataset": "x"}} if extra != name else "1") is None
