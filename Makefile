@@ -17,7 +17,7 @@ help:
 	@echo "make test-latest  the distributed core tests on Python 3.12 and Megatron-Core 0.19.2"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench        run the benchmarks; each prints JSON and a table"
-	@echo "make bench-trl    whole steps beside TRL's GRPOTrainer, in an environment of its own (5.5 GB where torch comes with CUDA)"
+	@echo "make bench-trl    whole steps beside TRL's GRPOTrainer, in an environment of its own (5.5 GB where torch comes with CUDA); an hour"
 	@echo "make figure1      distribution matching on tasks that can be counted: table and figures, ten minutes"
 
 install: $(VENV)/.installed

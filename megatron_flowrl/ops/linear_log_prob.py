@@ -77,9 +77,9 @@ def linear_log_prob(
     or bf16), by the protocol of Megatron's fused accumulation: see `_gradient_placeholder`.
 
     Memory. The working buffers of a direction take at most `chunk_bytes` (None: 64 MiB on a CPU and 256 MiB on a GPU,
-    which wants larger products), whatever N and V. Beside them there are a
-    dozen numbers a token, the gradients, and an fp32 copy of the weight's gradient if that is bf16 *and* the tokens
-    are more than one block of rows (4,096, or what fits into `chunk_bytes`).
+    which wants larger products), whatever N and V. Beside them there are a dozen numbers a token, the gradients, and an
+    fp32 copy of the weight's gradient if that is bf16 *and* the tokens are more than one block of rows (4,096, or what
+    fits into `chunk_bytes`).
 
     Raises TypeError for dtypes and ValueError for any other argument that cannot be honoured.
     """
