@@ -6,13 +6,13 @@
 A step is 32 prompts with 16 answers each and four updates of 128 answers, with the ratio to the policy that sampled:
 GRPO without a reference, in fp32, of a Qwen2 of 2.4 M parameters with random weights. Its answers end by chance, after
 112 tokens on average: with a limit of 32 tokens most run to it, with one of 512 they are ragged. Ours runs on two
-data-parallel ranks of a thread each and a server, on the same cores. TRL is run as one process of all threads and as two
-data-parallel processes of one, and the better one counts. The first step of each is left out; seconds are medians of the
-others. TRL samples with transformers' `generate`: its other ways, vLLM and continuous batching, were not tried. The
-learning rate is next to 0 on both sides, so that lengths stay what they are.
+data-parallel ranks of a thread each and a server, on the same cores. TRL is run as one process of all threads and as
+two data-parallel processes of one, and the better one counts. The first step of each is left out; seconds are medians
+of the others. TRL samples with transformers' `generate`: its other ways, vLLM and continuous batching, were not tried.
+The learning rate is next to 0 on both sides, so that lengths stay what they are.
 
-On two cores `--lengths 32` takes four minutes. With 512 tokens a step of TRL takes minutes: that part has been started and
-never been waited for to its end.
+On two cores `--lengths 32` takes four minutes. With 512 tokens a step of TRL takes minutes: that part has been started
+and never been waited for to its end.
 """
 
 import argparse
