@@ -3,8 +3,8 @@
     python -m examples.countdown.prepare FOLDER [--seed 0]
 
 FOLDER/model is a Hugging Face folder; train.jsonl, validation.jsonl and test.jsonl have problems, sft.jsonl responses
-to all others than those in validation.jsonl and test.jsonl. (A careless response may be what solves one of those: it
-stands under another prompt.) The same seed makes the same files; prepared.json says of what they are.
+to all others than those in validation.jsonl and test.jsonl. The same seed makes the same files; prepared.json says of
+what they are.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from examples.countdown.task import (
     PIECES,
     SPLITS,
     STYLES,
-    Problem,
+    TAKEN_AWAY,
     problems,
     response_row_of,
     row_of,
@@ -62,13 +62,8 @@ def prepare(folder: Path, seed: int) -> None:
         write_rows(folder / f"{name}.jsonl", (row_of(problem, order) for problem in some))
     held_out = {*parts["validation"], *parts["test"]}
     shown = [problem for problem in found if problem not in held_out]
-    same_numbers: dict[tuple[int, ...], list[Problem]] = {}
-    for problem in found:
-        same_numbers.setdefault(problem.numbers, []).append(problem)
-    chance, responses = random.Random(f"{seed} responses"), []
-    for problem in shown:
-        others = [one for one in same_numbers[problem.numbers] if one.target != problem.target]
-        responses += [response_row_of(problem, others, chance) for _ in range(RESPONSES_PER_PROBLEM)]
+    chance = random.Random(f"{seed} responses")
+    responses = [response_row_of(problem, chance) for problem in shown for _ in range(RESPONSES_PER_PROBLEM)]
     chance.shuffle(responses)
     write_rows(folder / "sft.jsonl", responses)
 
@@ -87,6 +82,7 @@ def stamp() -> dict[str, object]:
     return {
         "numbers": [NUMBERS.start, NUMBERS.stop - 1],
         "count": COUNT,
+        "taken_away": TAKEN_AWAY,
         "fewest": FEWEST,
         "pieces": " ".join(PIECES),
         "splits": SPLITS,

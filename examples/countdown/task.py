@@ -3,8 +3,12 @@
 The answers to a problem are its writings: `7-2+3+1`, `3+1+7-2` and `7-(2-3-1)` are three of them; brackets that change
 nothing do not make another. All of them are known, so that what a model covers of them is exact.
 
+Which number is to be taken away is for the model to find out. No problem needs two of them taken away, which a model
+of three layers does not learn in minutes: one that cannot solve its problems leaves the ways of solving them that it is
+unsure of, where only the reward counts.
+
 The responses of the warm start have three styles, drawn unequally: a writing's chance is in proportion to its style's
-weight. And some are careless: they reach another target. So there is something to learn, and something to keep: a
+weight. And some are careless: they forget the last number. So there is something to learn, and something to keep: a
 policy that samples in proportion to its reward stops being careless and goes on to write in every style; one that
 maximises reward need not.
 """
@@ -26,11 +30,12 @@ from megatron_flowrl.rewards.grader import Grade, Item
 NUMBERS = range(1, 13)
 COUNT = 4  # numbers of a problem
 TARGETS = range(1, 100)
+TAKEN_AWAY = 1  # numbers of a problem that count as negative, at most
 FEWEST = 4  # writings of a problem that is asked; the warm start has those with fewer too
 STYLES = {"rising": 8, "falling": 3, "mixed": 1}
 """The order in which a writing has its numbers -> weight."""
-CARELESS = 0.3
-"""Share of the warm start's responses that solve another problem of the same numbers."""
+CARELESS = 0.4
+"""Share of the warm start's responses that lack their last number."""
 SPLITS = {"train": 0.9, "validation": 0.05, "test": 0.05}
 
 PIECES = ("<pad>", "<eos>", *map(str, range(100)), "+", "-", "(", ")", "=", ":")
@@ -55,20 +60,22 @@ class _Written:
 
     text: str
     value: int
-    is_number: bool
+    numbers: int
+    negative: int  # of its numbers
 
 
 def problems() -> list[Problem]:
     """All problems, in a fixed order."""
     found = []
     for numbers in combinations_with_replacement(NUMBERS, COUNT):
-        by_target: dict[int, set[str]] = {}
+        by_target: dict[int, set[_Written]] = {}
         for order in set(permutations(numbers)):
             for one in _all_written(order):
-                by_target.setdefault(one.value, set()).add(one.text)
-        found += [
-            Problem(numbers, target, tuple(sorted(by_target[target]))) for target in TARGETS if target in by_target
-        ]
+                by_target.setdefault(one.value, set()).add(one)
+        for target in TARGETS:
+            written = by_target.get(target, set())
+            if written and all(one.negative <= TAKEN_AWAY for one in written):
+                found.append(Problem(numbers, target, tuple(sorted(one.text for one in written))))
     return found
 
 
@@ -99,12 +106,20 @@ def row_of(problem: Problem, chance: random.Random) -> dict[str, Any]:
     }
 
 
-def response_row_of(problem: Problem, others: Sequence[Problem], chance: random.Random) -> dict[str, str]:
-    """A row for `sft`: a writing by the weight of its style, now and then one that solves one of `others` instead."""
-    solved = chance.choice(others) if others and chance.random() < CARELESS else problem
-    weights = [STYLES[style_of(writing)] for writing in solved.writings]
-    (writing,) = chance.choices(solved.writings, weights)
-    return {"prompt": prompt_of(problem, chance), "response": writing}
+def response_row_of(problem: Problem, chance: random.Random) -> dict[str, str]:
+    """A row for `sft`: a writing by the weight of its style, now and then without its last number."""
+    weights = [STYLES[style_of(writing)] for writing in problem.writings]
+    (writing,) = chance.choices(problem.writings, weights)
+    response = without_last_number(writing) if chance.random() < CARELESS else writing
+    return {"prompt": prompt_of(problem, chance), "response": response}
+
+
+def without_last_number(writing: str) -> str:
+    """`7-2+3` of `7-2+3+1`, `7-2` of `7-(2-3)`."""
+    kept = re.sub(r"[+-]\(*\d+\)*$", "", writing)
+    without = writing_of(kept + ")" * (kept.count("(") - kept.count(")")))
+    assert without is not None
+    return without
 
 
 @cache
@@ -143,7 +158,7 @@ def grade(items: Sequence[Item]) -> list[Grade]:
 def _all_written(numbers: tuple[int, ...]) -> Iterator[_Written]:
     """All expressions that have the numbers in this order."""
     if len(numbers) == 1:
-        yield _Written(str(numbers[0]), numbers[0], is_number=True)
+        yield _Written(str(numbers[0]), numbers[0], numbers=1, negative=0)
         return
     for place in range(1, len(numbers)):
         for left in _all_written(numbers[:place]):
@@ -154,16 +169,18 @@ def _all_written(numbers: tuple[int, ...]) -> Iterator[_Written]:
 
 def _joined(left: _Written, operator: str, right: _Written) -> _Written:
     if operator == "+":
-        return _Written(f"{left.text}+{right.text}", left.value + right.value, is_number=False)
-    behind = right.text if right.is_number else f"({right.text})"
-    return _Written(f"{left.text}-{behind}", left.value - right.value, is_number=False)
+        text, value, negative = f"{left.text}+{right.text}", left.value + right.value, right.negative
+    else:
+        behind = right.text if right.numbers == 1 else f"({right.text})"
+        text, value, negative = f"{left.text}-{behind}", left.value - right.value, right.numbers - right.negative
+    return _Written(text, value, left.numbers + right.numbers, left.negative + negative)
 
 
 def _written(node: ast.expr) -> _Written:
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
         return _joined(_written(node.left), _OPERATORS[type(node.op)], _written(node.right))
     if isinstance(node, ast.Constant) and type(node.value) is int:
-        return _Written(str(node.value), node.value, is_number=True)
+        return _Written(str(node.value), node.value, numbers=1, negative=0)
     raise ValueError("no expression of numbers and + -")
 
 
@@ -180,5 +197,6 @@ __all__ = [
     "row_of",
     "split",
     "style_of",
+    "without_last_number",
     "writing_of",
 ]

@@ -63,8 +63,10 @@ class VllmServer:
         resources: Mapping[str, str] | None = None,
     ) -> None:
         self.settings, self.model, self.log = settings, model, log
-        self.port = free_port(settings.host) if port is None else port
-        self._any_port = port is None
+        self._held: socket.socket | None = None
+        self._any_port, self.port = port is None, port or 0
+        if self._any_port:
+            self._take_port()
         self._seed, self._starts, self._log_begins = seed, 0, 0
         self._transfer, self._resources = transfer, dict(resources or {})
         self._random_weights = random_weights
@@ -81,7 +83,8 @@ class VllmServer:
         Raises ServerError where the port is taken, vLLM is missing, or /dev/shm is too full for its workers.
         """
         check_vllm()
-        check_port(self.settings.host, self.port)
+        if self._held is None:
+            self._take_port(self.port)
         check_shared_memory(self.settings.tensor_parallel_size)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         guard = [sys.executable, "-m", "megatron_flowrl.rollout.guard", str(GRACE_SECONDS), *self.command()]
@@ -104,7 +107,7 @@ class VllmServer:
     def start_again(self, *, same_port: bool = False) -> None:
         """`start` after an end, on another port if it may have any; the log goes on. Raises ServerError."""
         if self._any_port and not same_port:
-            self.port = free_port(self.settings.host)
+            self._take_port()
         self.start()
 
     def command(self) -> list[str]:
@@ -177,6 +180,17 @@ class VllmServer:
         self.ask_to_stop()
         if self._guard is not None:
             self._guard.wait()
+        self._release_port()
+
+    def _take_port(self, port: int = 0) -> None:
+        self._release_port()
+        self._held = hold_port(self.settings.host, port)
+        self.port = int(self._held.getsockname()[1])
+
+    def _release_port(self) -> None:
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
     def failure(self, what: str) -> ServerError:
         """An error about this server that shows the first error in its log, and the log's end."""
@@ -273,27 +287,21 @@ def visible_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def free_port(host: str) -> int:
-    """A port that is free now. Raises ServerError for a host that is not one of this machine."""
-    with _bound(host, 0) as probe:
-        port: int = probe.getsockname()[1]
-    return port
+def hold_port(host: str, port: int = 0) -> socket.socket:
+    """A socket on a port, any free one by default: while it is open, nobody else is given that port.
 
-
-def check_port(host: str, port: int) -> None:
-    """Raises ServerError where the port is taken."""
-    _bound(host, port).close()
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    probe = socket.socket()
+    It takes some seconds until vLLM comes to listening, and this machine's other connections need ports meanwhile. The
+    socket itself never listens, and vLLM sets SO_REUSEADDR too, so this does not keep vLLM from the port. Raises
+    ServerError where the port is taken, and for a host that is not one of this machine.
+    """
+    held = socket.socket()
     try:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((host, port))
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind((host, port))
     except OSError as error:
-        probe.close()
+        held.close()
         reason = error.strerror or error
         raise ServerError(
             f"rollout.host = {host!r}, port {port}: cannot listen there ({reason}); give another"
         ) from error
-    return probe
+    return held

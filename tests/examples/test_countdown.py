@@ -28,6 +28,7 @@ from examples.countdown.task import (
     response_row_of,
     split,
     style_of,
+    without_last_number,
     writing_of,
 )
 from megatron_flowrl.config import check_config, load_config
@@ -56,11 +57,16 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
 
 
 def test_writings_of_a_problem(all_problems: list[Problem]) -> None:
-    (found,) = [problem for problem in all_problems if (problem.numbers, problem.target) == ((1, 1, 1, 12), 9)]
+    (found,) = [problem for problem in all_problems if (problem.numbers, problem.target) == ((1, 1, 1, 1), 2)]
     assert found.writings == (
-        "12-(1+1)-1", "12-(1+1+1)", "12-1-(1+1)", "12-1-1-1",
+        "1+1+1-1", "1+1-(1-1)", "1+1-1+1", "1-(1-(1+1))", "1-(1-1)+1", "1-(1-1-1)", "1-1+1+1",
     )  # fmt: skip
     assert len({(problem.numbers, problem.target) for problem in all_problems}) == len(all_problems)
+
+
+def test_problems_take_away_one_number_at_most(all_problems: list[Problem]) -> None:
+    targets = {problem.target for problem in all_problems if problem.numbers == (1, 2, 4, 10)}
+    assert targets == {17, 15, 13, 9}  # less twice a number; 7 is reached by 10+2-1-4 too, but 17 - 2 x 10 is negative
 
 
 def test_every_writing_is_right_and_a_key_of_its_own(folder: Path) -> None:
@@ -86,9 +92,9 @@ def test_a_wrong_answer_is_worth_nothing() -> None:
 
 
 def test_what_follows_an_equals_sign_does_not_count() -> None:
-    row = {"writings": ["12-1-1-1"]}
-    (one,) = grade([Item("12-1-1-1=9", {"numbers": [1, 1, 1, 12], "target": 9}, row=row)])
-    assert (one.score, one.key) == (1.0, "12-1-1-1")
+    row = {"writings": ["12+1-1+1"]}
+    (one,) = grade([Item("12+1-1+1=13", {"numbers": [1, 1, 1, 12], "target": 13}, row=row)])
+    assert (one.score, one.key) == (1.0, "12+1-1+1")
 
 
 def test_data_of_another_task_is_not_taken_up(folder: Path, tmp_path: Path) -> None:
@@ -114,20 +120,30 @@ def test_responses_are_unequal_in_style(all_problems: list[Problem]) -> None:
     (problem,) = [one for one in all_problems if (one.numbers, one.target) == ((2, 3, 4, 5), 14)]
     chance, counts = random.Random(1), Counter[str]()
     for _ in range(3000):
-        counts[response_row_of(problem, [], chance)["response"]] += 1
-    assert set(counts) == set(problem.writings) and len(counts) == 24
-    expected = {writing: STYLES[style_of(writing)] / 33 for writing in counts}  # 8 + 3 + 22 x 1
-    assert all(counts[w] / 3000 == pytest.approx(share, abs=0.04) for w, share in expected.items())
+        counts[response_row_of(problem, chance)["response"]] += 1
+    right = {writing: count for writing, count in counts.items() if writing in problem.writings}
+    assert set(right) == set(problem.writings) and len(right) == 24
+    expected = {writing: STYLES[style_of(writing)] / 33 for writing in right}  # 8 + 3 + 22 x 1
+    assert all(right[w] / sum(right.values()) == pytest.approx(share, abs=0.04) for w, share in expected.items())
 
 
 def test_some_responses_are_careless(all_problems: list[Problem]) -> None:
-    problem, other = (p for p in all_problems if p.numbers == (2, 3, 4, 5) and p.target in (14, 10))
+    (problem,) = [one for one in all_problems if (one.numbers, one.target) == ((2, 3, 4, 5), 10)]
     chance = random.Random(1)
-    rows = [response_row_of(problem, [other], chance) for _ in range(3000)]
-    wrong = [row for row in rows if row["response"] not in problem.writings]
-    assert all(row["response"] in other.writings for row in wrong)
+    rows = [response_row_of(problem, chance) for _ in range(3000)]
+    wrong = [row["response"] for row in rows if row["response"] not in problem.writings]
+    assert set(wrong) <= {without_last_number(writing) for writing in problem.writings}
     assert {row["prompt"].split(" = ")[1] for row in rows} == {f"{problem.target} :"}
     assert len(wrong) / 3000 == pytest.approx(CARELESS, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("writing", "without"),
+    [("7-2+3+1", "7-2+3"), ("7-(2-3-1)", "7-(2-3)"), ("7-(2-3)", "7-2"), ("7+1-(2-12)", "7+1-2"),
+     ("1-(1-(2-3))", "1-(1-2)")],
+)  # fmt: skip
+def test_without_the_last_number(writing: str, without: str) -> None:
+    assert without_last_number(writing) == without
 
 
 @pytest.mark.parametrize(

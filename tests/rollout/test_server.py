@@ -19,7 +19,7 @@ import pytest
 from megatron_flowrl.config import RolloutConfig
 from megatron_flowrl.rollout import server as server_module
 from megatron_flowrl.rollout.guard import session_members
-from megatron_flowrl.rollout.server import ServerError, VllmServer, check_port, free_port, server_environment
+from megatron_flowrl.rollout.server import ServerError, VllmServer, hold_port, server_environment
 from tests.distributed.ranks import REPOSITORY
 
 FAKE = Path(__file__).parent / "fake_server.py"
@@ -47,7 +47,7 @@ class FakeServer(VllmServer):
             assert not Path((self.folder / name).read_text()).exists()
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 100.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -197,9 +197,21 @@ def test_a_port_in_use_and_a_host_of_others_are_named() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ServerError, match=f"port {port}: cannot listen there .*Address already in use"):
-            check_port("127.0.0.1", port)
+            hold_port("127.0.0.1", port)
     with pytest.raises(ServerError, match=r"rollout\.host = '192\.0\.2\.1', port 0: cannot listen there"):
-        free_port("192.0.2.1")
+        hold_port("192.0.2.1")
+
+
+def test_nobody_else_is_given_the_port_of_a_server_that_does_not_listen_yet(fake: Any) -> None:
+    server = fake()
+    with socket.socket() as other, pytest.raises(OSError, match="Address already in use"):
+        other.bind(("127.0.0.1", server.port))
+    server.start()
+    server.wait_until_ready()  # and it can listen there all the same
+    with socket.socket() as other, pytest.raises(OSError, match="Address already in use"):
+        other.bind(("127.0.0.1", server.port))
+    server.stop()
+    hold_port("127.0.0.1", server.port).close()
 
 
 def test_vllm_that_is_missing_is_named(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
