@@ -29,7 +29,7 @@ COLUMNS = {
 }
 
 # Longer than the demo: what maximising reward does to the ways of solving shows with time.
-_OF_ALL = ("run.steps=150", "optimizer.lr_decay_iters=150", "evaluation.interval=50", "checkpoint.save_interval=50")
+_OF_ALL = ("run.steps=60", "optimizer.lr_decay_iters=60", "evaluation.interval=30", "checkpoint.save_interval=30")
 
 
 def main() -> None:
