@@ -41,7 +41,7 @@ from examples.countdown.task import (
 )
 
 STAMP = "prepared.json"
-RESPONSES_PER_PROBLEM = 20
+RESPONSES_PER_PROBLEM = 50
 SIZE = {
     "hidden_size": 128,
     "intermediate_size": 384,

@@ -11,10 +11,11 @@ from torch import Tensor
 from megatron_flowrl.config import Config, UserError
 from megatron_flowrl.data.batch import PackedBatch, TokenSequence
 from megatron_flowrl.data.packing import PackingPlan
+from megatron_flowrl.model.gpt import EntropyMode
 from megatron_flowrl.objectives.batch import Needs, Rollout
 from megatron_flowrl.objectives.importance import sampler_weights
 from megatron_flowrl.objectives.rewards import informative, overlong_penalty
-from megatron_flowrl.training.passes import ScoredTokens, forward_only, gather_tokens, local_batches
+from megatron_flowrl.training.passes import AtEnd, ScoredTokens, forward_only, gather_tokens, local_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,10 +140,12 @@ def score(
     device: torch.device,
     *,
     entropy: bool = False,
+    at_end: AtEnd | None = None,
 ) -> ScoredTokens:
     """Log-probs, and entropies where asked for, of all response tokens under a model: one forward-only pass."""
     batches = whole_plan(experience.sequences, packing, device)
-    outputs = forward_only(chunks, batches, config.log_prob, entropy="detached" if entropy else "none")
+    mode: EntropyMode = "detached" if entropy else "none"
+    outputs = forward_only(chunks, batches, config.log_prob, entropy=mode, at_end=at_end)
     return gather_tokens(experience.sequences, batches, outputs, entropy=entropy)
 
 
@@ -153,11 +156,11 @@ def with_old_pass(
     config: Config,
     device: torch.device,
     needs: Needs,
+    at_end: AtEnd | None = None,
 ) -> Experience:
     """The experience with the policy's own log-probs before any update."""
-    return replace(
-        experience, old=score(chunks, experience, packing, config, device, entropy=needs.old_entropy)
-    )  # fmt: skip
+    old = score(chunks, experience, packing, config, device, entropy=needs.old_entropy, at_end=at_end)
+    return replace(experience, old=old)
 
 
 def with_reference_pass(
@@ -166,6 +169,7 @@ def with_reference_pass(
     packing: PackingPlan,
     config: Config,
     device: torch.device,
+    at_end: AtEnd | None = None,
 ) -> Experience:
     """The experience with the reference's log-probs."""
-    return replace(experience, reference=score(chunks, experience, packing, config, device))
+    return replace(experience, reference=score(chunks, experience, packing, config, device, at_end=at_end))

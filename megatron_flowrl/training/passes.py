@@ -6,12 +6,14 @@ Forward-only passes (reference, old log-probs, scoring) and training passes shar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_flowrl.config import LogProbConfig
@@ -27,6 +29,7 @@ MicroBatchLoss = Callable[[TokenLogProbs, PackedBatch], Tensor]
 RequestOf = Callable[[PackedBatch], Any]  # what the last stage is asked for
 LogZOf = Callable[[PackedBatch], LogZRequest]
 OnMicroBatch = Callable[[], None]
+AtEnd = Callable[[], object]  # called when this rank's micro-batches are done, before what all ranks do together
 
 
 def local_batches(
@@ -54,6 +57,7 @@ def forward_backward(
     entropy: EntropyMode = "none",
     log_z: LogZOf | None = None,
     on_micro_batch: OnMicroBatch | None = None,
+    at_end: AtEnd | None = None,
 ) -> Tensor:
     """Accumulate the gradients of the losses of all micro-batches, summed over them and over data-parallel ranks.
 
@@ -64,7 +68,7 @@ def forward_backward(
     the losses of this rank's micro-batches, fp32 [], on every pipeline stage.
     """
 
-    return train_on(model, batches, _log_probs(settings, entropy, log_z), loss, on_micro_batch)
+    return train_on(model, batches, _log_probs(settings, entropy, log_z), loss, on_micro_batch, at_end)
 
 
 def train_on(
@@ -73,6 +77,7 @@ def train_on(
     request: RequestOf,
     loss: Callable[[Any, PackedBatch], Tensor],
     on_micro_batch: OnMicroBatch | None = None,
+    at_end: AtEnd | None = None,
 ) -> Tensor:
     """`forward_backward` for whatever the last stage can be asked for."""
 
@@ -82,7 +87,8 @@ def train_on(
         # A copy of the value: Megatron frees the last stage's output, and refuses to where that is a view.
         return value.clone(), torch.zeros((), dtype=torch.int, device=value.device), value.detach()
 
-    values = _run(model, batches, request, contribution, forward_only=False, on_micro_batch=on_micro_batch)
+    with _before_reductions(model, at_end):
+        values = _run(model, batches, request, contribution, forward_only=False, on_micro_batch=on_micro_batch)
     total = torch.stack(values).sum() if values else torch.zeros((), device=batches[0].input_ids.device)
     return to_all_pipeline_stages(total.float())
 
@@ -95,9 +101,10 @@ def forward_only(
     *,
     entropy: EntropyMode = "none",
     on_micro_batch: OnMicroBatch | None = None,
+    at_end: AtEnd | None = None,
 ) -> list[TokenLogProbs]:
     """Log-probs of every micro-batch, on the last pipeline stage; an empty list on the others."""
-    return ask(model, batches, _log_probs(settings, entropy), on_micro_batch)
+    return ask(model, batches, _log_probs(settings, entropy), on_micro_batch, at_end)
 
 
 @torch.no_grad()
@@ -106,6 +113,7 @@ def ask(
     batches: Sequence[PackedBatch],
     request: RequestOf,
     on_micro_batch: OnMicroBatch | None = None,
+    at_end: AtEnd | None = None,
 ) -> list[Any]:
     """`forward_only` for whatever the last stage can be asked for."""
 
@@ -113,7 +121,10 @@ def ask(
         nothing = torch.zeros((), device=batch.input_ids.device)
         return nothing, nothing.int(), output
 
-    return _run(model, batches, request, collect, forward_only=True, on_micro_batch=on_micro_batch)
+    results = _run(model, batches, request, collect, forward_only=True, on_micro_batch=on_micro_batch)
+    if at_end is not None:
+        at_end()
+    return results
 
 
 def _log_probs(settings: LogProbConfig, entropy: EntropyMode, log_z: LogZOf | None = None) -> RequestOf:
@@ -125,6 +136,26 @@ def _log_probs(settings: LogProbConfig, entropy: EntropyMode, log_z: LogZOf | No
         entropy=entropy,
         log_z=None if log_z is None else log_z(batch),
     )
+
+
+@contextmanager
+def _before_reductions(model: Sequence[torch.nn.Module], at_end: AtEnd | None) -> Iterator[None]:
+    """Have Megatron's schedule call it between the last backward pass and the reductions of gradients."""
+    if at_end is None:
+        yield
+        return
+    settings = get_model_config(model[0])
+    finalize = settings.finalize_model_grads_func
+
+    def first_at_end(*args: Any, **kwargs: Any) -> Any:
+        at_end()
+        return finalize(*args, **kwargs)
+
+    settings.finalize_model_grads_func = first_at_end
+    try:
+        yield
+    finally:
+        settings.finalize_model_grads_func = finalize
 
 
 def _run(

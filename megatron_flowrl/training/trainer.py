@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_flowrl.checkpoint.load import load_weights
@@ -23,6 +25,7 @@ from megatron_flowrl.platform import Platform
 from megatron_flowrl.training.critic import Critic
 from megatron_flowrl.training.experience import Experience, needs_old_pass, with_old_pass, with_reference_pass
 from megatron_flowrl.training.optimizer import Optimizer
+from megatron_flowrl.training.passes import AtEnd
 from megatron_flowrl.training.plan import packing_rules, plan
 from megatron_flowrl.training.reference import Reference, build_reference
 from megatron_flowrl.training.schedule import build_schedule
@@ -54,7 +57,7 @@ class Trainer:
         data_parallel_size: int,
     ) -> None:
         needs = objective.needs
-        self._config, self._objective, self._device = config, objective, platform.device
+        self._config, self._objective, self._platform, self._device = config, objective, platform, platform.device
         model = build_parallel_model(architecture, config, platform, log_z=needs.log_z)
         load_weights(model, source)
         self.model: ParallelModel = wrap_for_training(model, config)
@@ -78,6 +81,9 @@ class Trainer:
     ) -> TrainedStep:
         """The passes before the updates, then an update for each mini-batch; all at the learning rate of the step.
 
+        speed/rank_wait_seconds is what a rank, on average, stood waiting for others at the ends of these; it is a part
+        of their time.
+
         `mini_batch_of` says which mini-batch each of the experience's sequences is in. `number` counts from 1.
         """
         self._schedule.step(1)
@@ -87,15 +93,16 @@ class Trainer:
         if not experience.sequences:
             return TrainedStep(metrics | {"update/updates": 0.0}, {}, None)
         packing = plan([len(sequence) for sequence in experience.sequences], self._rules, mini_batch_of)
-        experience = self._with_passes(experience, packing, timed)
+        wait = RankWait(self._platform)
+        experience = self._with_passes(experience, packing, timed, wait)
         results, of_critic = [], []
         constants = self.updater.prepare(experience, packing, step=number)
         for mini_batch in range(len(packing.mini_batches)):
             with timed("update"):
-                results.append(self.updater.update(constants, mini_batch))
+                results.append(self.updater.update(constants, mini_batch, wait))
             if self.critic is not None:
                 with timed("critic"):
-                    of_critic.append(self.critic.update(experience, constants, mini_batch))
+                    of_critic.append(self.critic.update(experience, constants, mini_batch, wait))
             on_update()
         values = _joined(results)
         metrics |= _of_updates(results, values) | _means("critic", of_critic)
@@ -103,25 +110,46 @@ class Trainer:
             found = mismatch(experience.old.log_probs.cpu(), experience.sampler_log_probs, experience.offsets.tolist())
             metrics |= {f"mismatch/{name}": value for name, value in found.as_metrics().items()}
         metrics |= {"plan/real_token_share": packing.efficiency, "plan/imbalance": packing.imbalance}
+        metrics["speed/rank_wait_seconds"] = wait.mean()
         return TrainedStep(metrics, values, packing)
 
-    def _with_passes(self, experience: Experience, packing: PackingPlan, timed: Timed) -> Experience:
+    def _with_passes(self, experience: Experience, packing: PackingPlan, timed: Timed, at_end: AtEnd) -> Experience:
         config, needs = self._config, self._objective.needs
         if needs_old_pass(needs, packing, config):
             with timed("old_log_probs"):
-                experience = with_old_pass(experience, self.model.chunks, packing, config, self._device, needs)
+                experience = with_old_pass(experience, self.model.chunks, packing, config, self._device, needs, at_end)
         if self._reference is not None:
             with timed("reference_log_probs"), self._reference.active() as chunks:
-                experience = with_reference_pass(experience, chunks, packing, config, self._device)
+                experience = with_reference_pass(experience, chunks, packing, config, self._device, at_end)
         if self.critic is not None:
             with timed("values"):
-                experience = self.critic.with_values(experience, packing)
+                experience = self.critic.with_values(experience, packing, at_end)
         return experience
 
     def _learning_rate(self) -> float:
         """That of the policy's weights; the partition function has a group of its own."""
         groups = [group for group in self._optimizer.megatron.param_groups if "part" not in group]
         return float(groups[0]["lr"])
+
+
+class RankWait:
+    """Seconds that a rank stands at the ends of passes until the others are there: uneven work, or pipeline stages."""
+
+    def __init__(self, platform: Platform) -> None:
+        self._platform, self._seconds = platform, 0.0
+
+    def __call__(self) -> None:
+        """A rank's micro-batches are done."""
+        self._platform.synchronize()
+        began = time.perf_counter()
+        dist.barrier()
+        self._seconds += time.perf_counter() - began
+
+    def mean(self) -> float:
+        """Over ranks. All of them call it together."""
+        seconds = torch.tensor(self._seconds, dtype=torch.float64).to(self._platform.device)
+        dist.all_reduce(seconds)
+        return float(seconds) / dist.get_world_size()
 
 
 def mini_batches(groups: Sequence[int], prompts_per_mini_batch: int) -> list[int]:

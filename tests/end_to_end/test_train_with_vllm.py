@@ -102,6 +102,7 @@ def test_all_of_a_run_is_in_its_folder(run: tuple[Path, str]) -> None:
     assert last["update/entropy"] > 0 and last["update/updates"] == 2 and last["evaluation/coverage"] > 0
     phases = sum(value for name, value in last.items() if name.startswith("time/") and name != "time/step")
     assert phases == pytest.approx(last["time/step"], rel=1e-3)
+    assert 0 <= last["speed/rank_wait_seconds"] < last["time/step"]
     assert sum(line.count("step 3/3") for line in printed.splitlines()) == 1
     assert (folder / "checkpoints" / "best").exists() and any((folder / "tensorboard").iterdir())
     assert len((folder / "samples.jsonl").read_text().splitlines()) == 12

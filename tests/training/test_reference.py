@@ -13,6 +13,7 @@ from megatron_flowrl.config import Config, load_config
 from megatron_flowrl.data.batch import PackedBatch, TokenSequence
 from megatron_flowrl.model.architecture import read_architecture
 from megatron_flowrl.model.build import ParallelModel, build_parallel_model, wrap_for_training
+from megatron_flowrl.model.gpt import TokenLogProbs
 from megatron_flowrl.platform import Platform
 from megatron_flowrl.training.optimizer import Optimizer
 from megatron_flowrl.training.passes import forward_backward, forward_only, gather_tokens, local_batches
@@ -119,6 +120,32 @@ def test_reference_takes_its_weights_from_the_source_not_from_the_policy(
     later = build_reference(run.policy, SafetensorsSource(folder, architecture), run.config, one_rank_platform)
     with later.active() as chunks:
         assert torch.equal(run._log_probs(list(chunks)), expected)
+
+
+def test_a_pass_says_when_its_micro_batches_are_done(folder: Path, one_rank_platform: Platform) -> None:
+    """Before gradients are reduced, once a pass, and Megatron's settings are as they were afterwards."""
+    run = Run(folder, one_rank_platform)
+    settings, events = run.policy.transformer_config, list[str]()
+    finalize = settings.finalize_model_grads_func
+
+    def reduce(*args: object, **kwargs: object) -> None:
+        events.append("reduced")
+        finalize(*args, **kwargs)
+
+    settings.finalize_model_grads_func = reduce
+
+    def loss(output: TokenLogProbs, batch: PackedBatch) -> torch.Tensor:
+        events.append("loss")
+        return output.log_probs.sum()
+
+    def done() -> None:
+        events.append("done")
+
+    forward_backward(run.policy.chunks, run.batches, run.config.log_prob, loss, at_end=done)
+    assert events == ["loss"] * len(run.batches) + ["done", "reduced"]
+    assert settings.finalize_model_grads_func is reduce
+    forward_only(run.policy.chunks, run.batches, run.config.log_prob, at_end=done)
+    assert events[-2:] == ["reduced", "done"]
 
 
 def test_empty_responses_are_scored_as_nothing(folder: Path, one_rank_platform: Platform) -> None:
