@@ -148,7 +148,7 @@ def grade(items: Sequence[Item]) -> list[Grade]:
     makes) has no key.
     """
     grades = []
-    for item, one in zip(items, countdown.make()(items), strict=True):
+    for item, one in zip(items, countdown.grade(items), strict=True):
         writing = writing_of(countdown.final_expression(item.response).partition("=")[0])
         known = item.row.get("writings")
         grades.append(replace(one, key=writing if known is None or writing in known else None))

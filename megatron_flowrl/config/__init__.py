@@ -17,6 +17,7 @@ from .objectives import (
 )
 from .presets import METHODS, PRESETS
 from .run import (
+    CodeConfig,
     EvaluationConfig,
     LoggingConfig,
     PromptsConfig,
@@ -45,6 +46,7 @@ __all__ = [
     "METHODS",
     "PRESETS",
     "CheckpointConfig",
+    "CodeConfig",
     "Config",
     "CriticConfig",
     "DataConfig",

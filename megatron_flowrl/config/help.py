@@ -24,8 +24,13 @@ def format_help(sections: Collection[str] | None = None, width: int | None = Non
 
 
 def _format_group(name: str, keys: list[Key], column: int, width: int) -> str:
-    title = f"{name}: {inspect.getdoc(SECTIONS[name])}" if name in SECTIONS else name
-    return "\n".join([_wrap(title, "", "  ", width), *(_format_key(key, column, width) for key in keys)])
+    lines, section = [] if name in SECTIONS else [name], ""
+    for key in keys:
+        before, section = section, key.name.rpartition(".")[0]
+        if section != before:
+            lines.append(_wrap(f"{section}: {inspect.getdoc(SECTIONS[section])}", "", "  ", width))
+        lines.append(_format_key(key, column, width))
+    return "\n".join(lines)
 
 
 def _format_key(key: Key, column: int, width: int) -> str:

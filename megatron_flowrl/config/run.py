@@ -63,12 +63,54 @@ class PromptsConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class CodeConfig:
+    """Answers that are programs: what each may take, and where it runs. For the grader `code`."""
+
+    score: Literal["all", "fraction"] = "all"
+    """`all`: 1 where all tests are passed, else 0; `fraction`: the share that is passed."""
+
+    cpu_seconds: PositiveFloat = 6.0
+    """Processor time of a program, in a test."""
+
+    wall_seconds: PositiveFloat = 10.0
+    """Time of a program in a test; of all calls of a function together. reward.timeout_seconds is for all tests."""
+
+    memory_mib: Annotated[int, Field(ge=64)] = 1024
+    """Memory of a program."""
+
+    processes: PositiveInt = 16
+    """Processes and threads of a program."""
+
+    readable: Annotated[tuple[str, ...], Strict(False)] = ()
+    """Absolute paths that programs may read beside Python's standard library, such as a folder of packages, which is
+    then imported from."""
+
+    unprotected: bool = False
+    """Run programs where the machine has no namespaces to hold them: they can then reach its network, end its
+    processes, and outlive their test."""
+
+    server: NonEmpty | None = None
+    """Address of a server with SandboxFusion's /run_code: programs run there, and not here."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class RewardConfig:
     """What an answer is worth. Grading runs in processes of its own, while answers are still being sampled."""
 
     grader: NonEmpty = "math"
-    """`math`: math-verify; `countdown`: an expression that has to reach a number; `reasoning_gym`: the task's own; or
-    a function of yours as package.module.function, see megatron_flowrl/rewards/grader.py."""
+    """`math`: math-verify; `answer_match`: text after `Answer:`; `exact`, `choice`, `regex`: text; `countdown`: an
+    expression that has to reach a number; `reasoning_gym`: the task's own; `code`: tests; `remote`: a server's; or a
+    function of yours as package.module.function, see megatron_flowrl/rewards/grader.py. A weighted sum of several, also
+    of `format` and `overlong`, is written as one: math + 0.1 * format - 0.5 * overlong."""
+
+    pattern: NonEmpty | None = None
+    """For `regex`: a regular expression; its last match, or that one's first group, is the answer."""
+
+    format: NonEmpty | None = None
+    """For `format`: a regular expression that all of a response has to match; (?s) lets . match line ends."""
+
+    url: NonEmpty | None = None
+    """For `remote`: where items are posted, see megatron_flowrl/rewards/remote.py."""
 
     workers: PositiveInt = 2
     """Processes that grade."""
@@ -84,6 +126,8 @@ class RewardConfig:
 
     correct_from: float = 1.0
     """Reward from which an answer counts as correct in the metrics."""
+
+    code: CodeConfig = CodeConfig()
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

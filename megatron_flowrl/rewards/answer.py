@@ -27,3 +27,17 @@ def first_line(text: str) -> str:
 def last_line(text: str) -> str:
     """The last line that is not blank."""
     return text.strip().rpartition("\n")[2].strip()
+
+
+def boxed_answer(response: str) -> str | None:
+    """What stands between the braces of the last `\\boxed{..}`; None where there is none that is closed."""
+    opening = "\\boxed{"
+    start = response.rfind(opening)
+    if start < 0:
+        return None
+    depth = 1
+    for place in range(start + len(opening), len(response)):
+        depth += (response[place] == "{") - (response[place] == "}")
+        if depth == 0:
+            return response[start + len(opening) : place]
+    return None

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_flowrl.rewards.answer import first_line, last_line, marked_answer, tagged_answer
 from megatron_flowrl.rewards.expression import (
@@ -33,12 +33,20 @@ from megatron_flowrl.rewards.expression import (
 )
 from megatron_flowrl.rewards.grader import Grade, Grader, Item, shown
 
+if TYPE_CHECKING:
+    from megatron_flowrl.config import RewardConfig
+
 _VALUE = re.compile(r"\s*([-\u2212]?[0-9]{1,20}(?:\s*/\s*0*[1-9][0-9]{0,19})?)\s*")
 
 
-def make() -> Grader:
+def make(settings: RewardConfig) -> Grader:
     """The grader."""
-    return lambda items: [_grade(item) for item in items]
+    return grade
+
+
+def grade(items: Sequence[Item]) -> list[Grade]:
+    """What `make` makes."""
+    return [_grade(item) for item in items]
 
 
 def check_ground_truth(ground_truth: Any, row: Mapping[str, Any] | None = None) -> str | None:
@@ -183,5 +191,6 @@ __all__ = [
     "count_solutions",
     "enumerate_solutions",
     "final_expression",
+    "grade",
     "make",
 ]

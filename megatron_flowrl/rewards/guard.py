@@ -1,12 +1,12 @@
 """Runs a grading process for a parent, and ends it, with all that it has started, when the parent wants or ends.
 
-    python -P guard.py FD PARENT GRADER SYS_PATH
+    python -P guard.py FD PARENT SETTINGS SYS_PATH
 
-FD is one end of a socket, whose other end the parent holds; SYS_PATH is a JSON list. The grading process is a fork,
-the leader of a session of its own, that speaks with the parent through the same socket. It ends, and so does its
-process group and whatever else descends from it, when the parent shuts its end down, when the parent ends in any way,
-or when it ends by itself; the exit status is its own, 128 + N where signal N ended it. That works also while an
-interpreter of the grading process computes 9**9**9 and can do nothing else.
+FD is one end of a socket, whose other end the parent holds; SETTINGS are a RewardConfig as JSON, SYS_PATH a list. The
+grading process is a fork, the leader of a session of its own, that speaks with the parent through the same socket. It
+ends, and so does its process group and whatever else descends from it, when the parent shuts its end down, when the
+parent ends in any way, or when it ends by itself; the exit status is its own, 128 + N where signal N ended it. That
+works also while an interpreter of the grading process computes 9**9**9 and can do nothing else.
 
 Only the standard library is imported here, and this file is run by its path: a guard costs a few megabytes.
 """
@@ -75,7 +75,7 @@ def _watch(channel: socket.socket, parent: int, grading: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def main(descriptor: int, parent: int, grader: str, path: list[str]) -> int:
+def main(descriptor: int, parent: int, settings: str, path: list[str]) -> int:
     """What the module says."""
     channel = socket.socket(fileno=descriptor)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -95,7 +95,7 @@ def main(descriptor: int, parent: int, grader: str, path: list[str]) -> int:
     sys.path[:] = path
     from megatron_flowrl.rewards.worker import serve
 
-    serve(channel, grader)
+    serve(channel, settings)
     return 0
 
 

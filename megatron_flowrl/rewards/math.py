@@ -17,9 +17,12 @@ from fractions import Fraction
 from functools import lru_cache, partial
 from math import isfinite
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_flowrl.rewards.grader import Grade, Grader, Item, import_library, shown
+
+if TYPE_CHECKING:
+    from megatron_flowrl.config import RewardConfig
 
 READ_CHARACTERS = 50_000
 """The end of a response that is searched for the answer."""
@@ -27,7 +30,7 @@ READ_CHARACTERS = 50_000
 _LONGEST_NUMBER = 60
 
 
-def make() -> Grader:
+def make(settings: RewardConfig) -> Grader:
     """The grader. Raises UserError where math-verify is not installed."""
     library = import_library("math", "math_verify", "math-verify", "math")
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off

@@ -47,7 +47,7 @@ class GraderPool:
     def __init__(self, settings: RewardConfig) -> None:
         """Returns when all processes have imported the grader.
 
-        Raises UserError where it cannot be imported (see `grader.find_grader`) or no process can be started.
+        Raises UserError where it cannot be imported (see `find.make_grader`) or no process can be started.
         """
         self._settings = settings
         self._changed = threading.Condition()
@@ -162,7 +162,7 @@ class GraderPool:
         for _ in range(_STARTS):
             process, reason = None, ""
             try:
-                process = GradingProcess(self._settings.grader, self._closing)
+                process = GradingProcess(self._settings, self._closing)
                 process.wait_until_ready()
                 return process
             except TimeLimit:

@@ -11,9 +11,10 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
-from megatron_flowrl.config.errors import UserError
+from megatron_flowrl.config import RewardConfig, UserError
 from megatron_flowrl.rewards.frames import decode_reply, first_frame
 
 _GUARD = Path(__file__).with_name("guard.py")
@@ -39,17 +40,17 @@ class Closing(Exception):
 class GradingProcess:
     """Starts at once; `wait_until_ready`, then `send` and `receive`, and `end` at last."""
 
-    def __init__(self, grader: str, closing: int) -> None:
+    def __init__(self, settings: RewardConfig, closing: int) -> None:
         """`closing` is a file descriptor: what waits here raises Closing when it can be read.
 
         Raises OSError where no process can be started.
         """
         self._channel, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-P", str(_GUARD), str(theirs.fileno()), str(os.getpid()), grader]
+            command = [sys.executable, "-P", str(_GUARD), str(theirs.fileno()), str(os.getpid())]
             try:
                 self._guard = subprocess.Popen(
-                    [*command, json.dumps(sys.path)],
+                    [*command, json.dumps(asdict(settings)), json.dumps(sys.path)],
                     stdin=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
                     start_new_session=True,

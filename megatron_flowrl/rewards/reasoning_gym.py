@@ -19,15 +19,18 @@ from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_flowrl.rewards.answer import marked_answer, tagged_answer
 from megatron_flowrl.rewards.grader import Grade, Grader, Item, import_library, shown
 
+if TYPE_CHECKING:
+    from megatron_flowrl.config import RewardConfig
+
 Score = Callable[[str, Mapping[str, Any]], float]
 
 
-def make() -> Grader:
+def make(settings: RewardConfig) -> Grader:
     """The grader. Raises UserError where reasoning-gym is not installed."""
     library = import_library("reasoning_gym", "reasoning_gym", "reasoning-gym", "reasoning-gym")
     task = cache(lambda name: _task(library, name))

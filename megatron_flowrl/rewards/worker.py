@@ -9,9 +9,12 @@ import signal
 import socket
 from pathlib import Path
 
-from megatron_flowrl.config.errors import UserError
+from pydantic import TypeAdapter
+
+from megatron_flowrl.config import RewardConfig, UserError
+from megatron_flowrl.rewards.find import make_grader
 from megatron_flowrl.rewards.frames import decode_item, encode_grade, encode_reply, read_frame
-from megatron_flowrl.rewards.grader import Grade, Grader, find_grader
+from megatron_flowrl.rewards.grader import Grade, Grader
 
 MEMORY_BYTES = 4 * 2**30
 """What grading may take of address space, beyond what importing the grader has taken."""
@@ -19,17 +22,20 @@ MEMORY_BYTES = 4 * 2**30
 _LONGEST_PROBLEM = 500
 
 
-def serve(channel: socket.socket, name: str) -> None:
-    """Import the grader, say whether that went well, then grade until the other end closes. Ends this process."""
+def serve(channel: socket.socket, settings: str) -> None:
+    """Import the grader, say whether that went well, then grade until the other end closes. Ends this process.
+
+    `settings` are a RewardConfig as JSON.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        _serve(channel, name)
+        _serve(channel, TypeAdapter(RewardConfig).validate_json(settings))
     os._exit(0)  # not sys.exit: what a grader has started or registered may not hold the process up
 
 
-def _serve(channel: socket.socket, name: str) -> None:
+def _serve(channel: socket.socket, settings: RewardConfig) -> None:
     try:
-        grader = find_grader(name)
+        grader = make_grader(settings)
     except UserError as error:
         channel.sendall(encode_reply(error=str(error)))
         return

@@ -20,7 +20,7 @@ from megatron_flowrl.model.layout import check_layout, max_sequence_length
 from megatron_flowrl.objectives.batch import Objective
 from megatron_flowrl.observe.log import logger
 from megatron_flowrl.platform.distributed import check_agreement, together
-from megatron_flowrl.rewards.grader import check_ground_truth, make_grader
+from megatron_flowrl.rewards.find import check_ground_truth, make_grader
 from megatron_flowrl.rollout.serve import make_servers
 from megatron_flowrl.rollout.server import check_vllm
 from megatron_flowrl.training.objective import build_objective

@@ -262,10 +262,8 @@ def test_yaml_round_trip_is_exact(recipe, config):
 
 
 def test_dict_has_every_key():
-    tree = to_dict(Config())
-    flat = {
-        f"{section}.{name}" if isinstance(content, dict) else section
-        for section, content in tree.items()
-        for name in (content if isinstance(content, dict) else [""])
-    }
-    assert flat == set(KEYS)
+    def flat(tree, prefix=""):
+        for name, content in tree.items():
+            yield from flat(content, f"{prefix}{name}.") if isinstance(content, dict) else [prefix + name]
+
+    assert set(flat(to_dict(Config()))) == set(KEYS)

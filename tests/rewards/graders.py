@@ -14,7 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_flowrl.rewards.grader import Grade, Item, find_grader
+from megatron_flowrl.config import RewardConfig
+from megatron_flowrl.rewards.find import make_grader
+from megatron_flowrl.rewards.grader import Grade, Item
 
 if "FATAL_IMPORT" in os.environ and Path(os.environ["FATAL_IMPORT"]).exists():
     os._exit(7)
@@ -33,6 +35,10 @@ def wrong_number(items: Sequence[Item]) -> list[float]:
     return [1.0] * (len(items) + 1)
 
 
+def not_finite(items: Sequence[Item]) -> list[float]:
+    return [float("nan")] * len(items)
+
+
 def no_sequence(items: Sequence[Item]) -> Any:
     return 1.0
 
@@ -40,7 +46,7 @@ def no_sequence(items: Sequence[Item]) -> Any:
 def math_and_modules(items: Sequence[Item]) -> list[Grade]:
     """What is imported in a process that has graded mathematics, countdown and reasoning-gym."""
     for name in ("math", "countdown", "reasoning_gym"):
-        find_grader(name)
+        make_grader(RewardConfig(grader=name))
     return [Grade(float("torch" in sys.modules) + float("megatron" in sys.modules))]
 
 

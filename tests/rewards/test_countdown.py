@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from megatron_flowrl.config import RewardConfig
 from megatron_flowrl.rewards.countdown import count_solutions, enumerate_solutions, final_expression
 from megatron_flowrl.rewards.expression import NotAnExpression, parse_expression
-from megatron_flowrl.rewards.grader import Grade, Item, check_ground_truth, make_grader
+from megatron_flowrl.rewards.find import check_ground_truth, make_grader
+from megatron_flowrl.rewards.grader import Grade, Item
 
 GRADER = make_grader(RewardConfig(grader="countdown"))
 TRUTH = {"numbers": [3, 5, 7], "target": 56}

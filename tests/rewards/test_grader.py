@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from megatron_flowrl.config import RewardConfig, UserError
-from megatron_flowrl.rewards.grader import BUILT_IN, Grade, Item, bounded_key, check_ground_truth, make_grader
+from megatron_flowrl.rewards.find import BUILT_IN, check_ground_truth, make_grader
+from megatron_flowrl.rewards.grader import Grade, Item, bounded_key
 
 HERE = "tests.rewards.graders"
 
@@ -47,9 +48,9 @@ def test_a_function_is_found_in_the_working_directory(own_module: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("maths", r"'maths' is none of math, countdown, reasoning_gym \(did you mean 'math'\?\); .*package\.module"),
-        ("xyz", "'xyz' is none of math, countdown, reasoning_gym; give one"),
-        ("nowhere.at.all", "no module 'nowhere' in the working directory .* built-in graders are math, countdown"),
+        ("maths", r"'maths' is none of math, answer_match, .* \(did you mean 'math'\?\); .*package\.module"),
+        ("xyz", "'xyz' is none of math, .*, overlong; give one"),
+        ("nowhere.at.all", "no module 'nowhere' in the working directory .* built-in graders are math, answer_match"),
         ("rewards.countdwon", r"no module 'rewards' .*did you mean 'countdown'"),
         ("tests.rewards.grader.by_word", "no module 'tests.rewards.grader'"),
         (f"{HERE}.by_wort", r"has no 'by_wort' \(did you mean 'by_word'\?\)"),
@@ -125,5 +126,6 @@ def test_a_problem_and_a_long_key_stay() -> None:
 
 @pytest.mark.parametrize("name", [*BUILT_IN, f"{HERE}.by_word"])
 def test_ground_truths_are_checked_without_grading(name: str) -> None:
-    good = {"math": "1", "countdown": {"numbers": [1], "target": 1}}.get(name)
-    assert check_ground_truth(name, good) is None
+    of_code = {"inputs": [""], "outputs": [""]}
+    good = {"countdown": {"numbers": [1], "target": 1}, "choice": "A", "code": of_code}.get(name, "1")
+    assert check_ground_truth(name, good if name != "reasoning_gym" else None) is None

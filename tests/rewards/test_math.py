@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from megatron_flowrl.config import RewardConfig
-from megatron_flowrl.rewards.grader import Grade, Item, check_ground_truth
+from megatron_flowrl.rewards.find import check_ground_truth
+from megatron_flowrl.rewards.grader import Grade, Item
 from megatron_flowrl.rewards.pool import TIME_LIMIT, GraderPool
 
 pytest.importorskip("math_verify")

@@ -117,7 +117,7 @@ def test_a_process_is_replaced_after_its_share_of_items(monkeypatch: pytest.Monk
 
 def test_a_grade_that_has_come_is_taken_however_late_it_is_looked_at() -> None:
     reader, writer = os.pipe()
-    process = GradingProcess(BY_WORD, reader)
+    process = GradingProcess(RewardConfig(grader=BY_WORD), reader)
     try:
         process.wait_until_ready()
         process.send(encode_item(Item("score 1", None)))

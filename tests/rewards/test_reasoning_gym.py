@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from megatron_flowrl.config import RewardConfig
-from megatron_flowrl.rewards.grader import Grade, Item, check_ground_truth, make_grader
+from megatron_flowrl.rewards.find import check_ground_truth, make_grader
+from megatron_flowrl.rewards.grader import Grade, Item
 from megatron_flowrl.rewards.pool import GraderPool
 from megatron_flowrl.rewards.reasoning_gym import final_answer
 

@@ -21,9 +21,9 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 try:
-    from plain import decode, encode  # type: ignore[import-not-found]  # in a jail the two files are all there is
+    from plain import decode, encode, same_value  # type: ignore[import-not-found]  # in a jail
 except ImportError:
-    from megatron_flowrl.rewards.sandbox.plain import decode, encode
+    from megatron_flowrl.rewards.sandbox.plain import decode, encode, same_value
 
 _LONGEST_TEXT = 2000
 
@@ -108,7 +108,7 @@ def _test(channel: tuple[TextIO, TextIO], entry: str) -> None:
     if "calls" in given:
         for number, call in enumerate(given["calls"]):
             try:
-                right = _same(candidate(*decode(call["args"])), decode(call["expected"]))
+                right = same_value(candidate(*decode(call["args"])), decode(call["expected"]))
             except Exception as error:
                 right, why = False, why or f"call {number}: {type(error).__name__}: {error}"
             passed += right
@@ -125,17 +125,6 @@ def _test(channel: tuple[TextIO, TextIO], entry: str) -> None:
         except BaseException as error:
             why = f"{type(error).__name__}: {error}"
     _send(channel, {"verdict": [passed, total, why[:_LONGEST_TEXT]]})
-
-
-def _same(found: Any, expected: Any) -> bool:
-    """Equal; a tuple counts as a list, as in data from JSON, which has no tuples."""
-    return bool(_listed(found) == _listed(expected))
-
-
-def _listed(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_listed(one) for one in value]
-    return {key: _listed(one) for key, one in value.items()} if isinstance(value, dict) else value
 
 
 def _write_back(mine: Any, theirs: Any) -> None:

@@ -154,7 +154,11 @@ def _make_root(order: Order) -> None:
     linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
     root = order.folder
     linux.mount("tmpfs", root, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "size=1m,mode=755")
-    for path in (*_SYSTEM, *order.readable):
+    for name, options in (("proc", None), ("tmp", f"size={order.folder_bytes},nr_inodes={_FILES},mode=1777")):
+        os.mkdir(f"{root}/{name}")
+        kind = "tmpfs" if name == "tmp" else name
+        linux.mount(kind, f"{root}/{name}", kind, linux.MS_NOSUID | linux.MS_NODEV, options)
+    for path in (*_SYSTEM, *order.readable):  # after /tmp, where one of them may be
         if os.path.islink(path):
             os.makedirs(os.path.dirname(root + path), exist_ok=True)
             os.symlink(os.readlink(path), root + path)
@@ -165,10 +169,6 @@ def _make_root(order: Order) -> None:
     for path in _DEVICES:
         open(root + path, "w").close()
         _bind(path, root + path, 0)
-    for name, options in (("proc", None), ("tmp", f"size={order.folder_bytes},nr_inodes={_FILES},mode=1777")):
-        os.mkdir(f"{root}/{name}")
-        kind = "tmpfs" if name == "tmp" else name
-        linux.mount(kind, f"{root}/{name}", kind, linux.MS_NOSUID | linux.MS_NODEV, options)
     linux.mount(
         "none", root, None, linux.MS_REMOUNT | linux.MS_BIND | linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV
     )

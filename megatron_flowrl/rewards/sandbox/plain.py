@@ -71,4 +71,15 @@ def decode(message: Any, depth: int = 0) -> Any:
     raise NotPlain(f"no such tag: {tag!r}")
 
 
-__all__ = ["NotPlain", "decode", "encode"]
+def same_value(found: Any, expected: Any) -> bool:
+    """Whether two values from `decode` are equal; tuples count as lists, for JSON, and so many a data set, has none."""
+    return bool(_listed(found) == _listed(expected))
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_listed(one) for one in value]
+    return {key: _listed(one) for key, one in value.items()} if isinstance(value, dict) else value
+
+
+__all__ = ["NotPlain", "decode", "encode", "same_value"]

@@ -87,7 +87,8 @@ class Jail:
     ) -> None:
         """Starts at once. `files` are written where the command starts. Raises JailBroken or OSError."""
         self.limits, self._began = limits, time.monotonic()
-        self._folder = tempfile.mkdtemp(prefix="flowrl-jail-")
+        self._folder = _mount_point() if namespaces else tempfile.mkdtemp(prefix="flowrl-jail-")
+        self._folder_is_ours = not namespaces
         ours, theirs = os.pipe()
         self._report: IO[bytes] = os.fdopen(ours, "rb")
         sent, send = os.pipe()
@@ -100,7 +101,12 @@ class Jail:
             folder=self._folder,
             readable=[*dict.fromkeys((sys.base_prefix, *readable))],
             namespaces=namespaces,
-            environment={**_ENVIRONMENT, "HOME": "/tmp", "TMPDIR": "/tmp" if namespaces else self._folder},
+            environment={
+                **_ENVIRONMENT,
+                "HOME": "/tmp",
+                "TMPDIR": "/tmp" if namespaces else self._folder,
+                "PYTHONPATH": os.pathsep.join(readable),
+            },
             **shared,
         )
         try:
@@ -117,7 +123,7 @@ class Jail:
         except BaseException:
             os.close(send)
             self._report.close()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._remove_folder()
             raise
         finally:
             os.close(theirs)
@@ -193,7 +199,11 @@ class Jail:
             if stream is not None:
                 with contextlib.suppress(OSError):
                     stream.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
+        if self._folder_is_ours:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self
@@ -202,3 +212,15 @@ class Jail:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _mount_point() -> str:
+    """An empty folder, the same for all jails of a user: each mounts its own file system there, and sees no other's."""
+    folder = Path(tempfile.gettempdir(), f"flowrl-jails-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise JailBroken(f"{folder} is another user's: remove it, or set TMPDIR")
+    return str(folder)
+
+
+__all__ = ["PYTHON", "Jail", "JailBroken", "Limits", "Outcome"]

@@ -12,9 +12,10 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
+from megatron_flowrl.rewards.sandbox.plain import encode, same_value
 from megatron_flowrl.rewards.sandbox.run import PYTHON, Jail, JailBroken, Limits
 
-_HERE = Path(__file__).parent
+HERE = Path(__file__).parent
 _INSIDE = {"inside.py": "inside.py", "plain.py": "plain.py"}
 _LONGEST_LINE = 2**24
 _CHUNK = 2**16
@@ -69,8 +70,8 @@ def by_calls(
     assertions, or a function `check` that is given the function to be tested. The limits are those of either process,
     and of all calls together.
     """
-    inside = {name: (_HERE / file).read_text() for name, file in _INSIDE.items()}
-    of_test = {**inside, "given.json": json.dumps(given)}
+    inside = {name: (HERE / file).read_text() for name, file in _INSIDE.items()}
+    of_test = {**inside, "given.json": json.dumps(_encoded(given))}
     with (
         Jail(
             _python("inside.py", "answer", entry),
@@ -107,6 +108,13 @@ def by_calls(
                 return Verdict(0, len(given.get("calls", "x")), gone or "an end of the test without a verdict")
 
 
+def _encoded(given: Mapping[str, Any]) -> dict[str, Any]:
+    if "calls" not in given:
+        return dict(given)
+    calls = [{"args": encode(list(call["args"])), "expected": encode(call["expected"])} for call in given["calls"]]
+    return {"calls": calls}
+
+
 def same_output(found: str, expected: str) -> bool:
     """As `by_output` says."""
     ours, theirs = (
@@ -126,7 +134,7 @@ def _same_numbers(a: str, b: str) -> bool:
 
 
 def _python(*arguments: str) -> list[str]:
-    return [PYTHON, "-E", "-s", "-S", *arguments]  # not -I: inside.py imports what stands beside it
+    return [PYTHON, "-s", "-S", *arguments]  # not -I: what stands beside a program is imported
 
 
 def _message(line: bytes) -> dict[str, Any]:
@@ -185,4 +193,4 @@ class _Lines:
             return bool(selector.select(max(self._deadline - time.monotonic(), 0.0)))
 
 
-__all__ = ["Verdict", "by_calls", "by_output", "same_output"]
+__all__ = ["HERE", "Verdict", "by_calls", "by_output", "same_output", "same_value"]

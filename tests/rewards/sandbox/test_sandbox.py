@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,10 +93,9 @@ FALSE_ANSWERS = {
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    """Neither a process nor a folder."""
-    before = {path.name for path in Path("/tmp").glob("flowrl-jail-*")}
+    """Neither a process nor a file."""
     yield
-    assert {path.name for path in Path("/tmp").glob("flowrl-jail-*")} <= before
+    assert [*Path(tempfile.gettempdir(), f"flowrl-jails-{os.getuid()}").iterdir()] == []
     deadline = time.monotonic() + 5
     while left := jailed():
         assert time.monotonic() < deadline, left
@@ -138,6 +138,16 @@ def test_a_daemon_does_not_outlive_its_program() -> None:
     began = time.monotonic()
     assert by_output(daemon + GOOD, TESTS, LIMITS, namespaces=True) == Verdict(2, 2)
     assert time.monotonic() - began < 3
+
+
+def test_without_namespaces_what_a_program_starts_is_ended_too() -> None:
+    """What code.unprotected=true stands for; Landlock, seccomp and limits are still there where the machine has them."""
+    child = "import os, time\nif not os.fork():\n  os.setsid()\n  time.sleep(60)\n"
+    assert by_output(child + GOOD, TESTS, LIMITS, namespaces=False) == Verdict(2, 2)
+    assert by_output(child + "time.sleep(60)", TESTS[:1], LIMITS, namespaces=False).why == "test 0: time limit"
+    assert by_calls("def f(x): return x + 1", CALLS, "f", LIMITS, namespaces=False) == Verdict(2, 2)
+    if walls().landlock:
+        assert by_output(ATTACKS["reads /etc/passwd"], TESTS[:1], LIMITS, namespaces=False).passed == 0
 
 
 @pytest.mark.parametrize(

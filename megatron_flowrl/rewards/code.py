@@ -1,0 +1,136 @@
+"""`code`: whether the Python in a response passes the tests of its problem, run in a jail (`sandbox/`).
+
+Ground truth, a mapping or its JSON, is one of
+
+    {"inputs": ["3 4\\n", ..], "outputs": ["7\\n", ..]}                      standard input and output
+    {"entry_point": "add", "calls": [{"args": [3, 4], "expected": 7}, ..]}  calls; Solution.add is called on Solution()
+    {"entry_point": "add", "prompt": code, "test": code}                    as HumanEval: check(add), or assertions
+
+The program is the last fenced block of a response that is Python's or nobody's, to the end where it is not closed; a
+response without a fence is the program. Where HumanEval's function is not defined in it, it goes on from the prompt.
+The score is 1 where all tests are passed, else 0, or with reward.code.score=fraction the share of those that are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from megatron_flowrl.config.errors import UserError
+from megatron_flowrl.rewards.grader import Grade, Grader, Item, shown
+from megatron_flowrl.rewards.sandbox.run import Limits
+from megatron_flowrl.rewards.sandbox.server import by_server
+from megatron_flowrl.rewards.sandbox.tests import Verdict, by_calls, by_output
+from megatron_flowrl.rewards.sandbox.walls import checked_walls
+
+if TYPE_CHECKING:
+    from megatron_flowrl.config import RewardConfig
+
+_FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+.-]*)[^\n]*\n?", re.MULTILINE)
+_PYTHON = ("", "python", "py", "python3")
+
+
+def make(settings: RewardConfig) -> Grader:
+    """The grader.
+
+    Raises UserError where a readable path is none, or programs cannot be run safely and nobody said that they may.
+    """
+    code = settings.code
+    limits = Limits(
+        cpu_seconds=code.cpu_seconds,
+        wall_seconds=code.wall_seconds,
+        memory_bytes=code.memory_mib * 2**20,
+        processes=code.processes,
+    )
+    for path in code.readable:
+        if not os.path.isabs(path) or not os.path.isdir(path):
+            raise UserError(f"reward.code.readable has {path!r}, which is no folder's absolute path")
+    namespaces = code.server is None and checked_walls(code.unprotected).namespaces
+
+    def grade(items: Sequence[Item]) -> list[Grade]:
+        return [Grade(score_of(verdict_of(item), code.score)) for item in items]
+
+    def verdict_of(item: Item) -> Verdict:
+        problem, program = problem_of(item.ground_truth), program_of(item.response)
+        if "prompt" in problem and not defines(program, problem["entry_point"]):
+            program = f"{problem['prompt']}\n{program}"
+        if code.server is not None:
+            return by_server(code.server, program, problem, limits)
+        if "inputs" in problem:
+            tests = list(zip(problem["inputs"], problem["outputs"], strict=True))
+            return by_output(program, tests, limits, namespaces=namespaces, readable=code.readable)
+        given: dict[str, Any] = {name: problem[name] for name in ("calls", "prompt", "test") if name in problem}
+        entry = problem["entry_point"]
+        return by_calls(program, given, entry, limits, namespaces=namespaces, readable=code.readable)
+
+    return grade
+
+
+def check_ground_truth(ground_truth: Any, row: Mapping[str, Any] | None = None) -> str | None:
+    """What is wrong with a ground truth, or None."""
+    try:
+        problem_of(ground_truth)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def problem_of(ground_truth: Any) -> dict[str, Any]:
+    """The tests, in one of the three forms. Raises ValueError."""
+    if isinstance(ground_truth, str):
+        try:
+            ground_truth = json.loads(ground_truth)
+        except ValueError as error:
+            raise ValueError(f"the ground truth {shown(ground_truth)} is no JSON: {error}") from error
+    problem = dict(ground_truth) if isinstance(ground_truth, Mapping) else {}
+    if "inputs" in problem or "outputs" in problem:
+        sides = [problem.get(name) for name in ("inputs", "outputs")]
+        good = all(_is_list(side, str) for side in sides) and len(sides[0]) == len(sides[1])  # type: ignore[arg-type]
+    else:
+        good = isinstance(problem.get("entry_point"), str) and (
+            (_is_list(problem.get("calls"), Mapping) and all({"args", "expected"} <= {*c} for c in problem["calls"]))
+            or all(isinstance(problem.get(name), str) for name in ("prompt", "test"))
+        )
+    if not good:
+        raise ValueError(
+            f"the ground truth {shown(ground_truth)} has no tests; give inputs and outputs (as many texts each), or "
+            "entry_point with calls (args, expected) or with prompt and test"
+        )
+    return problem
+
+
+def program_of(response: str) -> str:
+    """The program in a response, as the module says."""
+    program, start, fence, language = None, 0, "", ""
+    for match in _FENCE.finditer(response):
+        if not fence:
+            fence, language, start = match[1], match[2].lower(), match.end()
+        elif match[1].startswith(fence) and not match[2]:
+            if language in _PYTHON:
+                program = response[start : match.start()]
+            fence = ""
+    if fence and language in _PYTHON:
+        program = response[start:]
+    return response if program is None else program
+
+
+def defines(program: str, entry: str) -> bool:
+    """Whether the program has the function, or the class that it is in, at its outermost level."""
+    name = re.escape(entry.partition(".")[0])
+    defined = rf"^(?:(?:async\s+)?def|class)\s+{name}\b|^{name}\s*(?::[^=\n]*)?="
+    return re.search(defined, program, re.MULTILINE) is not None
+
+
+def score_of(verdict: Verdict, how: str) -> float:
+    """What it is worth to have passed so many tests."""
+    return verdict.passed / verdict.of if how == "fraction" and verdict.of else float(verdict.passed == verdict.of)
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(one, kind) for one in value)
+
+
+__all__ = ["check_ground_truth", "defines", "make", "problem_of", "program_of", "score_of"]

@@ -1,0 +1,154 @@
+"""Programs in responses: which one counts, which tests there are, and what they are worth."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_flowrl.config import CodeConfig, RewardConfig, UserError
+from megatron_flowrl.rewards.code import defines, program_of
+from megatron_flowrl.rewards.find import check_ground_truth, make_grader
+from megatron_flowrl.rewards.grader import Grade, Item
+from megatron_flowrl.rewards.pool import GraderPool
+from megatron_flowrl.rewards.sandbox.run import PYTHON, Jail, Limits
+from megatron_flowrl.rewards.sandbox.walls import walls
+
+pytestmark = pytest.mark.skipif(not walls().namespaces, reason=f"no namespaces here: {walls().trouble}")
+
+OUTPUT = {"inputs": ["1 2", "5 5"], "outputs": ["3", "10"]}
+CALLS = {"entry_point": "add", "calls": [{"args": [1, 2], "expected": 3}, {"args": [[1], [2]], "expected": [1, 2]}]}
+CHECK = {
+    "entry_point": "add",
+    "prompt": "def add(a, b):\n    '''Their sum.'''\n",
+    "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(a=1, b=1) == 2\n",
+}
+HUMANEVAL = Path(__file__).parents[3] / "shared" / "data" / "humaneval.jsonl"
+
+
+def score(response: str, ground_truth: Any, **code: Any) -> float:
+    grade = make_grader(RewardConfig(grader="code", code=CodeConfig(**code)))([Item(response, ground_truth)])[0]
+    assert grade.problem is None
+    return grade.score
+
+
+@pytest.mark.parametrize(
+    ("response", "program"),
+    [
+        ("x = 1\n", "x = 1\n"),
+        ("First\n```python\nx = 1\n```\nthen\n```\nx = 2\n```\ndone", "x = 2\n"),
+        ("```python\nx = 1\n```\nprints\n```text\n1\n```", "x = 1\n"),
+        ("```py\nx = 1", "x = 1"),
+        ("Answer:\n  ```python\n  x = 1\n  ```\n", "  x = 1\n"),
+        ("````python\ns = '''\n```\n'''\n````", "s = '''\n```\n'''\n"),
+        ("```json\n{}\n```", "```json\n{}\n```"),
+        ("", ""),
+    ],
+)
+def test_the_last_block_that_is_python_is_the_program(response: str, program: str) -> None:
+    assert program_of(response) == program
+
+
+def test_what_a_program_defines() -> None:
+    assert all(defines(text, "f") for text in ("def f(x):", "x = 1\nasync def f():", "f = lambda: 1", "f: int = 1"))
+    assert not any(defines(text, "f") for text in ("    def f(x):", "def ff(x):", "f == 1 or 2" and "g(f)", "# def f"))
+    assert defines("class Solution:\n  pass", "Solution.f")
+
+
+def test_each_kind_of_tests() -> None:
+    add = "```python\nprint(sum(map(int, input().split())))\n```"
+    assert score(add, OUTPUT) == 1.0 and score("print(3)", OUTPUT) == 0.0
+    assert score("print(3)", OUTPUT, score="fraction") == 0.5
+    assert score(add, json.dumps(OUTPUT)) == 1.0
+    assert score("def add(a, b): return a + b", CALLS) == 1.0
+    assert score("def add(a, b): return 3", CALLS, score="fraction") == 0.5
+    assert score("def add(a, b): return a + b", CHECK) == 1.0
+    assert score("    return a + b", CHECK) == 1.0  # goes on from the prompt
+    assert score("    return a - b", CHECK) == 0.0
+
+
+def test_a_folder_of_packages_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "helper.py").write_text("three = 3")
+    tmp_path.chmod(0o755)  # a superuser's programs run as nobody
+    program = "import helper\nprint(helper.three if input() == '1 2' else 10)"
+    assert score(program, OUTPUT) == 0.0
+    assert score(program, OUTPUT, readable=(str(tmp_path),)) == 1.0
+    with pytest.raises(UserError, match=r"reward\.code\.readable has 'lib', which is no folder's absolute path"):
+        score(program, OUTPUT, readable=("lib",))
+
+
+@pytest.mark.parametrize(
+    "truth",
+    [None, "{", "[]", {}, {"inputs": ["1"]}, {"inputs": ["1"], "outputs": []}, {"inputs": [1], "outputs": [2]},
+     {"calls": []}, {"entry_point": "f", "calls": []}, {"entry_point": "f", "calls": [{"args": [1]}]},
+     {"entry_point": "f", "prompt": "x"}],
+)  # fmt: skip
+def test_what_has_no_tests_is_refused(truth: Any) -> None:
+    assert "the ground truth" in str(check_ground_truth("code", truth))
+    for good in (OUTPUT, CALLS, CHECK):
+        assert check_ground_truth("code", good) is None
+
+
+def test_in_a_pool_one_answer_does_not_hurt_the_next() -> None:
+    settings = RewardConfig(grader="code", workers=1, timeout_seconds=60.0, code=CodeConfig(wall_seconds=2.0))
+    good = "print(sum(map(int, input().split())))"
+    answers = [good, "while True: pass", "import os; os.kill(-1, 9)", good, "import os; os._exit(0)", good]
+    with GraderPool(settings) as pool:
+        grades = pool.grade([Item(answer, OUTPUT) for answer in answers])
+        assert pool.problems == {}
+    assert grades == [Grade(value) for value in (1.0, 0.0, 0.0, 1.0, 0.0, 1.0)]
+
+
+@pytest.fixture
+def fusion() -> Iterator[str]:
+    """The address of a stand-in for SandboxFusion that runs what it is sent in a jail."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert self.path == "/run_code" and asked["language"] == "python" and asked["run_timeout"] == 10.0
+            with Jail([PYTHON, "-S", "x.py"], {"x.py": asked["code"]}, Limits(), namespaces=True) as jail:
+                done = jail.run(asked["stdin"].encode())
+            run = {"status": "Finished" if done.code == 0 else "Error", "return_code": done.code}
+            run |= {"stdout": done.output.decode(), "stderr": done.errors.decode()}
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"status": "Success", "run_result": run}).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    running = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{running.server_port}"
+    running.shutdown()
+    running.server_close()
+
+
+def test_programs_can_run_on_a_server(fusion: str) -> None:
+    assert score("print(sum(map(int, input().split())))", OUTPUT, server=fusion) == 1.0
+    assert score("print(3)", OUTPUT, server=fusion, score="fraction") == 0.5
+    assert score("def add(a, b): return a + b", CALLS, server=fusion) == 1.0
+    assert score("def add(a, b): return (1, 2) if a == [1] else 3", CALLS, server=fusion) == 1.0
+    assert score("def add(a, b): raise ValueError", CALLS, server=fusion) == 0.0
+    with pytest.raises(ValueError, match=r"cannot be run on reward\.code\.server"):
+        score("def add(a, b): return a + b", CHECK, server=fusion)
+
+
+@pytest.mark.skipif(not HUMANEVAL.is_file(), reason="HumanEval's file is not here")
+@pytest.mark.timeout(600)
+def test_humaneval_by_its_own_solutions() -> None:
+    rows = [json.loads(line) for line in HUMANEVAL.read_text().splitlines()]
+    right, wrong = [], []
+    for row in rows:
+        truth = {"entry_point": row["entry_point"], "prompt": row["prompt"], "test": row["tests"]}
+        right.append(Item(row["prompt"] + row["canonical_solution"], truth))
+        wrong.append(Item(row["prompt"] + "    return None\n", truth))
+    with GraderPool(RewardConfig(grader="code", workers=2, timeout_seconds=120.0)) as pool:
+        assert [grade.score for grade in pool.grade(right)] == [1.0] * 164
+        assert [grade.score for grade in pool.grade(wrong)] == [0.0] * 164
