@@ -73,6 +73,22 @@ _REPORT = """One HTML file, with everything in it, about one run or several besi
 
   megatron-flowrl report runs/flowrl runs/grpo --output report.html
 """
+_EVALUATE = """Answers to a benchmark's problems, graded: Avg@n, pass@k, maj@n, with 95% intervals, as the paper has it.
+
+  megatron-flowrl evaluate math500 --data math500=math500.jsonl --model Qwen2.5-7B --output out
+  megatron-flowrl evaluate aime24 humaneval --model runs/math/checkpoints --output out rollout.servers=8
+  megatron-flowrl evaluate gsm8k --server http://127.0.0.1:8000 --served-model name --output out
+
+Benchmarks: aime24, aime25, amc23, math500, minerva, olympiadbench, gsm8k, humaneval, humaneval+, livecodebench,
+codeforces; without --data from the Hugging Face hub (pip install -e '.[hub]'). Rows of a file: {"problem", "answer"};
+the other forms are in megatron_flowrl/evaluation/benchmarks.py. The same command goes on from what is in --output:
+
+  NAME.jsonl     a line an answer: its text, grade, length
+  summary.json   the numbers; settings.json: of what
+"""
+_EVALUATE_SECTIONS = (
+    "seed", "model", "parallel", "precision", "data", "rollout", "generation", "reward", "logging",
+)  # fmt: skip
 _CONVERT = """Between Hugging Face folders and checkpoints of this program.
 
   hf-to-megatron HF_DIR OUT_DIR   a checkpoint of step 0 in the new folder OUT_DIR; weights keep the dtype of the
@@ -123,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "command",
         choices=tuple(_COMMANDS),
         help="train: reinforcement learning; sft: supervised training; report: runs as HTML; score: log-probs of given "
-        "responses; convert: between Hugging Face and Megatron; serve: vLLM servers",
+        "responses; convert: between Hugging Face and Megatron; serve: vLLM servers; evaluate: benchmarks",
     )
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its arguments; see COMMAND --help")
     parsed = parser.parse_args(arguments)
@@ -234,6 +250,31 @@ def _serve(arguments: Sequence[str]) -> None:
     serve(servers, config.rollout.max_restarts)
 
 
+def _evaluate(arguments: Sequence[str]) -> None:
+    parser = _command_parser("evaluate", _EVALUATE, _EVALUATE_SECTIONS)
+    parser.add_argument("--data", metavar="NAME=FILE", action="append", default=[], help="a benchmark's problems")
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder of answers and numbers")
+    parser.add_argument("--model", metavar="DIR", help="Hugging Face folder or checkpoint; short for model.path=DIR")
+    parser.add_argument("--server", metavar="URL", help="ask a server with OpenAI's chat completions instead")
+    parser.add_argument("--served-model", metavar="NAME", help="its name for the model")
+    parser.add_argument("--api-key-variable", metavar="NAME", help="environment variable that has the server's key")
+    parser.add_argument("--no-chat", action="store_true", help="give a model of ours the text without a chat template")
+    parser.add_argument("--n", type=int, default=16, help="answers to each problem (default: 16)")
+    parser.add_argument("--temperature", type=float, default=0.6, help="default: 0.6")
+    parser.add_argument("--top-p", type=float, default=0.95, help="default: 0.95")
+    parser.add_argument("--max-tokens", type=int, default=8192, help="longest answer (default: 8192)")
+    parser.add_argument("--limit", type=int, help="problems of each benchmark, from the first")
+    parser.add_argument("--contests", metavar="DIR", help="standings, for the CodeForces rating")
+    given = parser.parse_intermixed_args(arguments)
+    benchmarks, given.overrides = (
+        [text for text in given.overrides if ("=" in text) == is_setting] for is_setting in (False, True)
+    )
+    config, world = _settings("evaluate", given, _EVALUATE_SECTIONS, given.model)
+    from megatron_flowrl.evaluation.command import evaluate_command
+
+    evaluate_command(config, world, given, benchmarks)
+
+
 def _convert(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="megatron-flowrl convert",
@@ -336,4 +377,5 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "score": _score,
     "convert": _convert,
     "serve": _serve,
+    "evaluate": _evaluate,
 }

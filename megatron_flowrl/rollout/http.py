@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 import json
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
 
 import aiohttp
@@ -22,7 +22,9 @@ _KEEP_ALIVE_SECONDS = 3.0  # below the 5 s after which vLLM's server closes an i
 class HttpLoop:
     """The event loop and its HTTP session. `close` ends both; what is still waiting is cancelled."""
 
-    def __init__(self) -> None:
+    def __init__(self, headers: Mapping[str, str] | None = None) -> None:
+        """`headers` go with every request."""
+        self._headers = dict(headers or {})
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-http", daemon=True)
         self._thread.start()
@@ -83,7 +85,7 @@ class HttpLoop:
 
     async def _open(self) -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_SECONDS)
-        return aiohttp.ClientSession(connector=connector)
+        return aiohttp.ClientSession(connector=connector, headers=self._headers)
 
     async def _shut(self) -> None:
         waiting = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]

@@ -1,0 +1,117 @@
+"""What the command line says, as an evaluation."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_flowrl.checkpoint.companions import stop_token_ids
+from megatron_flowrl.checkpoint.locate import locate_model
+from megatron_flowrl.config import Config, UserError, check_config
+from megatron_flowrl.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_flowrl.evaluation.benchmarks import benchmark_of
+from megatron_flowrl.evaluation.evaluate import SUMMARY, Plan, check_plan, evaluate, table
+from megatron_flowrl.evaluation.sources import ChatServer, OwnServers, Source
+from megatron_flowrl.model.architecture import read_architecture
+from megatron_flowrl.observe.log import logger
+from megatron_flowrl.platform.distributed import World
+from megatron_flowrl.rewards.find import make_grader
+from megatron_flowrl.rollout.server import check_vllm
+
+_LARGEST_SHARD = 5 * 10**9
+
+
+def evaluate_command(config: Config, world: World, given: argparse.Namespace, benchmarks: Sequence[str]) -> None:
+    """Check all that can be checked, then evaluate, and print a table. Raises UserError."""
+    if world.size > 1:
+        raise UserError("evaluate is one process, whatever its servers are: start it without torchrun")
+    plan = _plan(config, given, benchmarks)
+    problems = check_plan(plan)
+    for name in problems:
+        make_grader(replace(config.reward, grader=benchmark_of(name).grader))
+    output = Path(given.output)
+    with _source(config, world, given, plan, output) as source:
+        summary = evaluate(config, plan, problems, source, output)
+    print(table(summary))
+    logger.info("%s has all numbers", output / SUMMARY)
+
+
+def _plan(config: Config, given: argparse.Namespace, benchmarks: Sequence[str]) -> Plan:
+    if not benchmarks:
+        raise UserError("name a benchmark, such as math500; evaluate --help has them")
+    if (given.server is None) == (not config.model.path):
+        raise UserError("give either --model or --server")
+    if given.server is not None and given.served_model is None:
+        raise UserError("--server needs --served-model: the name that it has for the model")
+    data = dict(text.partition("=")[::2] for text in given.data)
+    empty = [name for name, path in data.items() if not path]
+    if empty:
+        raise UserError(f"--data {empty[0]} is no NAME=FILE")
+    good = {
+        "--n": given.n >= 1,
+        "--max-tokens": given.max_tokens >= 1,
+        "--temperature": given.temperature >= 0,
+        "--top-p": 0 < given.top_p <= 1,
+        "--limit": given.limit is None or given.limit >= 1,
+    }
+    for option, is_good in good.items():
+        if not is_good:
+            value = getattr(given, option.removeprefix("--").replace("-", "_"))
+            raise UserError(f"{option} {value} cannot be: numbers of things are 1 or more, 0 < top-p <= 1")
+    model = given.served_model if given.server is not None else config.model.path
+    return Plan(
+        benchmarks, data, model, given.n, given.temperature, given.top_p, given.max_tokens, given.limit, given.contests
+    )  # fmt: skip
+
+
+def _source(
+    config: Config, world: World, given: argparse.Namespace, plan: Plan, output: Path
+) -> ChatServer | OwnServers:
+    if given.server is not None:
+        key = None
+        if given.api_key_variable is not None:
+            key = os.environ.get(given.api_key_variable)
+            if not key:
+                raise UserError(f"the environment has no {given.api_key_variable}, which --api-key-variable names")
+        return ChatServer(config, given.server, given.served_model, key)
+    folder = locate_model(config.model.path)
+    architecture = read_architecture(folder.hugging_face)
+    longest = config.rollout.max_model_len or architecture.max_sequence_length
+    if plan.max_tokens >= longest:
+        raise UserError(
+            f"--max-tokens {plan.max_tokens} leaves no room for a prompt: the model, or rollout.max_model_len, takes "
+            f"{longest} tokens; lower it"
+        )
+    tokenizer = load_tokenizer(config.data.tokenizer or folder.hugging_face)
+    if not config.generation.urls:
+        check_vllm()
+    model = folder.hugging_face
+    if folder.checkpoint is not None and not config.generation.urls:
+        model = _exported(config, world, folder.checkpoint, output)
+    stop = stop_token_ids(folder.hugging_face)
+    return OwnServers(config, model, output / "logs", tokenizer, stop, chat=_has_chat(tokenizer) and not given.no_chat)
+
+
+def _exported(config: Config, world: World, checkpoint: Path, output: Path) -> Path:
+    """A checkpoint as a Hugging Face folder, which is what vLLM reads."""
+    from megatron_flowrl.checkpoint.convert import megatron_to_hugging_face
+
+    folder = output / "hugging_face" / checkpoint.name
+    if not folder.exists():
+        check_config(config)
+        megatron_to_hugging_face(config, world, folder, dtype=config.rollout.dtype, max_shard_bytes=_LARGEST_SHARD)
+    return folder
+
+
+def _has_chat(tokenizer: Tokenizer) -> bool:
+    try:
+        tokenizer.chat([{"role": "user", "content": "x"}])
+    except UserError:
+        return False
+    return True
+
+
+__all__ = ["Source", "evaluate_command"]

@@ -1,0 +1,214 @@
+"""`megatron-flowrl evaluate` against a stand-in for a chat server: what is asked, graded, kept, and gone on from."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_flowrl.cli import main
+from megatron_flowrl.evaluation.benchmarks import BENCHMARKS, benchmark_of, read_problems
+from megatron_flowrl.evaluation.evaluate import GradedText, summarize
+from tests.tiny_models import save_model
+
+pytestmark = pytest.mark.usefixtures("process_as_it_was")
+
+ROWS = [{"id": "a", "problem": "1 + 1", "answer": "2"}, {"id": "b", "problem": "1 / 2", "answer": "\\frac{1}{2}"}]
+
+
+class Chat:
+    """Answers 1 + 1 always right, 1 / 2 at every second time; `trouble` says what else to do."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.fail_from: int | None = None
+        self._times = Counter[str]()
+        self._lock = threading.Lock()
+
+    def reply(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        with self._lock:
+            self.asked.append(body)
+            if self.fail_from is not None and len(self.asked) > self.fail_from:
+                return 500, {"error": "broken"}
+            prompt = body["messages"][0]["content"]
+            self._times[prompt] += 1
+            right = "1 + 1" in prompt or self._times[prompt] % 2
+        value = ("2" if "1 + 1" in prompt else "0.5") if right else "7"
+        text = f"So it is \\boxed{{{value}}}"
+        choice = {"message": {"content": text}, "finish_reason": "stop" if right else "length"}
+        return 200, {"choices": [choice], "usage": {"completion_tokens": 5}}
+
+
+@pytest.fixture
+def chat() -> Iterator[tuple[Chat, str]]:
+    """A server, and its address."""
+    behind = Chat()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            assert self.path == "/v1/chat/completions"
+            behind.keys.append(self.headers.get("Authorization"))
+            status, reply = behind.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps(reply).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield behind, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def rows_file(folder: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
+    file = folder / "rows.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return file
+
+
+def run(url: str, folder: Path, *more: str) -> dict[str, Any]:
+    data = f"math500={rows_file(folder)}"
+    given = ["--data", data, "--server", url, "--served-model", "m", "--output", str(folder / "out"), *more]
+    main(["evaluate", "math500", *given, "reward.workers=1", "generation.max_retries=0"])
+    summary: dict[str, Any] = json.loads((folder / "out" / "summary.json").read_text())
+    return summary
+
+
+def test_numbers_of_answers(chat: tuple[Chat, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    behind, url = chat
+    found = run(url, tmp_path, "--n", "4")["benchmarks"]["math500"]
+    assert (found["problems"], found["n"], found["avg"]) == (2, 4, 0.75)
+    assert found["pass@1"] == 0.75 and found["pass@2"] == pytest.approx((1 + 5 / 6) / 2) and found["pass@4"] == 1.0
+    assert found["maj@4"] == 0.75  # 0.5 and 7 have two votes each
+    assert found["avg_interval"] == [0.5, 1.0]
+    assert found["tokens_mean"] == 5 and found["truncated_share"] == 0.25 and found["ungraded_share"] == 0.0
+    assert found["distinct_finals"] == 1.5
+    assert "| math500 | 2 | 75.0 (50.0 - 100.0) |" in capsys.readouterr().out
+    assert len(behind.asked) == 8
+    (body,) = {json.dumps({**body, "messages": None}) for body in behind.asked}
+    wanted = {"model": "m", "max_tokens": 8192, "temperature": 0.6, "top_p": 0.95, "messages": None}
+    assert json.loads(body) == wanted
+    assert behind.asked[0]["messages"][0]["content"].endswith("put your final answer within \\boxed{}.")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "math500.jsonl").read_text().splitlines()]
+    assert {(line["id"], line["sample"]) for line in lines} == {(i, s) for i in "ab" for s in range(4)}
+    assert {line["key"] for line in lines} == {"2", "1/2", "7"}
+
+
+def test_what_was_cut_off_goes_on(chat: tuple[Chat, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    behind, url = chat
+    behind.fail_from = 3
+    with pytest.raises(SystemExit):
+        run(url, tmp_path, "--n", "4", "rollout.max_num_seqs=1")
+    assert "status 500" in capsys.readouterr().err
+    file = tmp_path / "out" / "math500.jsonl"
+    kept = file.read_text()
+    assert 1 <= len(kept.splitlines()) <= 3
+    file.write_text(kept + '{"id": "a", "sam')  # as where the process ended in the midst of a line
+    behind.fail_from = None
+    asked = len(behind.asked)
+    assert run(url, tmp_path, "--n", "4")["benchmarks"]["math500"]["n"] == 4
+    assert len(behind.asked) - asked == 8 - len(kept.splitlines())
+    assert file.read_text().startswith(kept) and len(file.read_text().splitlines()) == 8
+    asked = len(behind.asked)
+    run(url, tmp_path, "--n", "4")
+    assert len(behind.asked) == asked  # all is there
+    with pytest.raises(SystemExit):
+        run(url, tmp_path, "--n", "5")
+    assert "has answers with another n (n = 4); give another --output" in capsys.readouterr().err
+
+
+def test_a_key_is_sent(chat: tuple[Chat, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    behind, url = chat
+    monkeypatch.setenv("THE_KEY", "secret")
+    run(f"{url}/v1/", tmp_path, "--n", "1", "--api-key-variable", "THE_KEY")
+    assert set(behind.keys) == {"Bearer secret"}
+    assert "secret" not in "".join(path.read_text() for path in (tmp_path / "out").glob("*.json*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a benchmark, such as math500"),
+        (["math50"], "'math50' is no benchmark; there are aime24"),
+        (["math500", "--model", "x"], "give either --model or --server"),
+        (["math500", "--n", "0"], "--n 0 cannot be"),
+        (["math500", "--top-p", "0"], "--top-p 0.0 cannot be"),
+        (["math500", "--data", "gsm8k=x"], "--data names gsm8k, which is not evaluated"),
+        (["math500", "--data", "math500="], "--data math500 is no NAME=FILE"),
+        (["math500", "--data", "math500=/gone.jsonl"], "'/gone.jsonl' does not exist"),
+        (["livecodebench"], "give a file with --data livecodebench=FILE"),
+        (["math500", "--api-key-variable", "NONE_SUCH"], "the environment has no NONE_SUCH"),
+        (["math500", "optimizer.lr=1"], "does not read optimizer.lr"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_named(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if arguments[:1] == ["math500"] and "--data" not in arguments:
+        arguments = [*arguments, "--data", f"math500={rows_file(tmp_path)}"]
+    with pytest.raises(SystemExit):
+        main(["evaluate", *arguments, "--server", "http://x", "--served-model", "m", "--output", str(tmp_path / "out")])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"problem": "x"}], "there is no column answer"),
+        ([{"answer": "x"}], "one of the columns problem, question, prompt has to be text"),
+        ([{"problem": "x", "answer": None}], "is no answer; give text, or a number"),
+        ([ROWS[0], ROWS[0]], "rows with the same id"),
+    ],
+)
+def test_rows_that_are_no_problems_are_named(
+    rows: list[dict[str, Any]], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = f"math500={rows_file(tmp_path, rows)}"
+    given = ["--server", "http://x", "--served-model", "m", "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main(["evaluate", "math500", "--data", data, *given])
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_that_has_no_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_model("qwen2", tmp_path / "model")
+    given = ["--data", f"math500={rows_file(tmp_path)}", "--model", str(model), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main(["evaluate", "math500", *given])
+    assert "--max-tokens 8192 leaves no room for a prompt" in capsys.readouterr().err
+
+
+def test_the_forms_of_rows(tmp_path: Path) -> None:
+    rows = [{"question": "How many?", "answer": "He has 1,000.\n#### 1,000"}]
+    (gsm8k,) = read_problems(benchmark_of("gsm8k"), str(rows_file(tmp_path, rows)))
+    assert gsm8k.ground_truth == "1000" and gsm8k.id == "0"
+    rows = [{"task_id": "HumanEval/0", "prompt": "def f():\n", "entry_point": "f", "test": "def check(f): pass"}]
+    (code,) = read_problems(benchmark_of("humaneval"), str(rows_file(tmp_path, rows)))
+    assert code.id == "HumanEval/0" and "```python\ndef f():\n\n```" in code.prompt
+    assert code.ground_truth == {"prompt": "def f():\n", "entry_point": "f", "test": "def check(f): pass"}
+    rows = [{"problem": "add", "inputs": ["1"], "outputs": ["2"], "contest": "1", "index": "A"}]
+    (stdin,) = read_problems(benchmark_of("codeforces"), str(rows_file(tmp_path, rows)))
+    assert stdin.ground_truth == {"inputs": ["1"], "outputs": ["2"]}
+    assert len(BENCHMARKS) == 11
+
+
+def test_a_summary_by_hand() -> None:
+    def answer(which: str, sample: int, score: float, key: str | None, text: str = "a b") -> GradedText:
+        return GradedText(which, sample, text, 10 * (sample + 1), "stop", score, key, None)
+
+    answers = [answer("p", 0, 1.0, "3"), answer("p", 1, 0.0, "4"), answer("q", 0, 0.0, None), answer("q", 1, 0.0, "5")]
+    found = summarize(answers, ["p", "q"], correct_from=1.0)
+    assert (found["avg"], found["pass@1"], found["pass@2"], found["maj@2"]) == (0.25, 0.25, 0.5, 0.25)
+    assert found["tokens_mean"] == 15 and found["self_bleu"] == 1.0 and found["clusters"] == 1.0
+    assert summarize([], ["p"], 1.0) == {"problems": 0}
