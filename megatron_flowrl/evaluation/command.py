@@ -102,6 +102,7 @@ def _exported(config: Config, world: World, checkpoint: Path, output: Path) -> P
     folder = output / "hugging_face" / checkpoint.name
     if not folder.exists():
         check_config(config)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         megatron_to_hugging_face(config, world, folder, dtype=config.rollout.dtype, max_shard_bytes=_LARGEST_SHARD)
     return folder
 
