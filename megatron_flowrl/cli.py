@@ -86,6 +86,14 @@ the other forms are in megatron_flowrl/evaluation/benchmarks.py. The same comman
   NAME.jsonl     a line an answer: its text, grade, length
   summary.json   the numbers; settings.json: of what
 """
+_JUDGE = """How different the answers to a problem are, 1 to 5, by a model's judgement, as in the FlowRL paper.
+
+  megatron-flowrl judge out/math500.jsonl --server http://127.0.0.1:8000 --served-model name
+
+FILE is one that `evaluate` writes. What the judge says goes to FILE with .judged before its ending; the same command
+goes on from there, and asks again where there was no score.
+"""
+_JUDGE_SECTIONS = ("rollout", "generation", "logging")
 _EVALUATE_SECTIONS = (
     "seed", "model", "parallel", "precision", "data", "rollout", "generation", "reward", "logging",
 )  # fmt: skip
@@ -139,7 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "command",
         choices=tuple(_COMMANDS),
         help="train: reinforcement learning; sft: supervised training; report: runs as HTML; score: log-probs of given "
-        "responses; convert: between Hugging Face and Megatron; serve: vLLM servers; evaluate: benchmarks",
+        "responses; convert: between Hugging Face and Megatron; serve: vLLM servers; evaluate: benchmarks; "
+        "judge: how different answers are",
     )
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its arguments; see COMMAND --help")
     parsed = parser.parse_args(arguments)
@@ -248,6 +257,18 @@ def _serve(arguments: Sequence[str]) -> None:
 
     servers = make_servers(config, servable(config.model.path), Path(given.logs))
     serve(servers, config.rollout.max_restarts)
+
+
+def _judge(arguments: Sequence[str]) -> None:
+    parser = _command_parser("judge", _JUDGE, _JUDGE_SECTIONS, "FILE")
+    parser.add_argument("--server", metavar="URL", required=True, help="a server with OpenAI's chat completions")
+    parser.add_argument("--served-model", metavar="NAME", required=True, help="its name for the model")
+    parser.add_argument("--api-key-variable", metavar="NAME", help="environment variable that has the server's key")
+    given = parser.parse_intermixed_args(arguments)
+    config, _ = _settings("judge", given, _JUDGE_SECTIONS)
+    from megatron_flowrl.evaluation.command import judge_command
+
+    judge_command(config, given)
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
@@ -378,4 +399,5 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "convert": _convert,
     "serve": _serve,
     "evaluate": _evaluate,
+    "judge": _judge,
 }

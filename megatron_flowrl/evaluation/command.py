@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,8 @@ from megatron_flowrl.config import Config, UserError, check_config
 from megatron_flowrl.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_flowrl.evaluation.benchmarks import benchmark_of
 from megatron_flowrl.evaluation.evaluate import SUMMARY, Plan, check_plan, evaluate, table
-from megatron_flowrl.evaluation.sources import ChatServer, OwnServers, Source
+from megatron_flowrl.evaluation.judge import judge
+from megatron_flowrl.evaluation.sources import ChatServer, OwnServers
 from megatron_flowrl.model.architecture import read_architecture
 from megatron_flowrl.observe.log import logger
 from megatron_flowrl.platform.distributed import World
@@ -37,6 +39,13 @@ def evaluate_command(config: Config, world: World, given: argparse.Namespace, be
         summary = evaluate(config, plan, problems, source, output)
     print(table(summary))
     logger.info("%s has all numbers", output / SUMMARY)
+
+
+def judge_command(config: Config, given: argparse.Namespace) -> None:
+    """Judge a file of answers, and print the numbers as JSON. Raises UserError."""
+    file = Path(given.FILE)
+    with _chat_server(config, given) as source:
+        print(json.dumps(judge(file, source, file.with_suffix(f".judged{file.suffix}")), indent=2))
 
 
 def _plan(config: Config, given: argparse.Namespace, benchmarks: Sequence[str]) -> Plan:
@@ -71,12 +80,7 @@ def _source(
     config: Config, world: World, given: argparse.Namespace, plan: Plan, output: Path
 ) -> ChatServer | OwnServers:
     if given.server is not None:
-        key = None
-        if given.api_key_variable is not None:
-            key = os.environ.get(given.api_key_variable)
-            if not key:
-                raise UserError(f"the environment has no {given.api_key_variable}, which --api-key-variable names")
-        return ChatServer(config, given.server, given.served_model, key)
+        return _chat_server(config, given)
     folder = locate_model(config.model.path)
     architecture = read_architecture(folder.hugging_face)
     longest = config.rollout.max_model_len or architecture.max_sequence_length
@@ -93,6 +97,15 @@ def _source(
         model = _exported(config, world, folder.checkpoint, output)
     stop = stop_token_ids(folder.hugging_face)
     return OwnServers(config, model, output / "logs", tokenizer, stop, chat=_has_chat(tokenizer) and not given.no_chat)
+
+
+def _chat_server(config: Config, given: argparse.Namespace) -> ChatServer:
+    key = None
+    if given.api_key_variable is not None:
+        key = os.environ.get(given.api_key_variable)
+        if not key:
+            raise UserError(f"the environment has no {given.api_key_variable}, which --api-key-variable names")
+    return ChatServer(config, given.server, given.served_model, key)
 
 
 def _exported(config: Config, world: World, checkpoint: Path, output: Path) -> Path:
@@ -115,4 +128,4 @@ def _has_chat(tokenizer: Tokenizer) -> bool:
     return True
 
 
-__all__ = ["Source", "evaluate_command"]
+__all__ = ["evaluate_command", "judge_command"]

@@ -176,7 +176,7 @@ def _graded(
     config: Config, plan: Plan, benchmark: Benchmark, problems: Sequence[Problem], source: Source, file: Path
 ) -> list[GradedText]:
     place = {problem.id: number for number, problem in enumerate(problems)}
-    done = {(one.id, one.sample): one for one in _read(file) if one.id in place and one.sample < plan.n}
+    done = {(one.id, one.sample): one for one in read_answers(file) if one.id in place and one.sample < plan.n}
     wanted = [
         Wanted(number, sample)
         for number, problem in enumerate(problems)
@@ -208,18 +208,20 @@ def _graded(
                     waiting.remove(entry)
                     advance()
 
-            for answer in source.answers(prompts, wanted, sampling):
-                problem = problems[answer.problem]
-                item = Item(answer.text, problem.ground_truth, problem.prompt, problem.row, answer.finish_reason)
-                about = {"id": problem.id, "sample": answer.sample, "response": answer.text}
-                about |= {"tokens": answer.tokens, "finish_reason": answer.finish_reason}
-                waiting.append((about, pool.submit(item)))
-                write(everything=False)
-            write(everything=True)
+            try:
+                for answer in source.answers(prompts, wanted, sampling):
+                    problem = problems[answer.problem]
+                    item = Item(answer.text, problem.ground_truth, problem.prompt, problem.row, answer.finish_reason)
+                    about = {"id": problem.id, "sample": answer.sample, "response": answer.text}
+                    about |= {"tokens": answer.tokens, "finish_reason": answer.finish_reason}
+                    waiting.append((about, pool.submit(item)))
+                    write(everything=False)
+            finally:  # what has come is kept, also where the source fails, or the user interrupts
+                write(everything=True)
     return [done[problem.id, sample] for problem in problems for sample in range(plan.n)]
 
 
-def _read(file: Path) -> list[GradedText]:
+def read_answers(file: Path) -> list[GradedText]:
     """Lines of an earlier run; the last may be cut off, and is then answered again."""
     if not file.exists():
         return []
@@ -249,4 +251,4 @@ def _rating(
     return {"rating": model_rating([*ratings.values()]), "rating_of_contest": ratings}
 
 
-__all__ = ["SUMMARY", "GradedText", "Plan", "check_plan", "evaluate", "summarize", "table"]
+__all__ = ["SUMMARY", "GradedText", "Plan", "check_plan", "evaluate", "read_answers", "summarize", "table"]

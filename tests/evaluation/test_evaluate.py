@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections import Counter
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,60 +11,12 @@ import pytest
 from megatron_flowrl.cli import main
 from megatron_flowrl.evaluation.benchmarks import BENCHMARKS, benchmark_of, read_problems
 from megatron_flowrl.evaluation.evaluate import GradedText, summarize
+from tests.evaluation.conftest import Chat
 from tests.tiny_models import save_model
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
 
 ROWS = [{"id": "a", "problem": "1 + 1", "answer": "2"}, {"id": "b", "problem": "1 / 2", "answer": "\\frac{1}{2}"}]
-
-
-class Chat:
-    """Answers 1 + 1 always right, 1 / 2 at every second time; `trouble` says what else to do."""
-
-    def __init__(self) -> None:
-        self.asked: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
-        self.fail_from: int | None = None
-        self._times = Counter[str]()
-        self._lock = threading.Lock()
-
-    def reply(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        with self._lock:
-            self.asked.append(body)
-            if self.fail_from is not None and len(self.asked) > self.fail_from:
-                return 500, {"error": "broken"}
-            prompt = body["messages"][0]["content"]
-            self._times[prompt] += 1
-            right = "1 + 1" in prompt or self._times[prompt] % 2
-        value = ("2" if "1 + 1" in prompt else "0.5") if right else "7"
-        text = f"So it is \\boxed{{{value}}}"
-        choice = {"message": {"content": text}, "finish_reason": "stop" if right else "length"}
-        return 200, {"choices": [choice], "usage": {"completion_tokens": 5}}
-
-
-@pytest.fixture
-def chat() -> Iterator[tuple[Chat, str]]:
-    """A server, and its address."""
-    behind = Chat()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            assert self.path == "/v1/chat/completions"
-            behind.keys.append(self.headers.get("Authorization"))
-            status, reply = behind.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(json.dumps(reply).encode())
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield behind, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
 
 
 def rows_file(folder: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
@@ -113,7 +61,7 @@ def test_what_was_cut_off_goes_on(chat: tuple[Chat, str], tmp_path: Path, capsys
     assert "status 500" in capsys.readouterr().err
     file = tmp_path / "out" / "math500.jsonl"
     kept = file.read_text()
-    assert 1 <= len(kept.splitlines()) <= 3
+    assert len(kept.splitlines()) == 3
     file.write_text(kept + '{"id": "a", "sam')  # as where the process ended in the midst of a line
     behind.fail_from = None
     asked = len(behind.asked)
