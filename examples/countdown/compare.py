@@ -19,6 +19,7 @@ from examples.countdown import commands
 from examples.countdown.exact import log_probs_of, measures
 from examples.countdown.figure import draw
 from examples.countdown.methods import BETA, METHODS
+from examples.countdown.task import reward_of
 
 COLUMNS = {
     "accuracy": "accuracy",
@@ -69,6 +70,7 @@ def gather(folder: Path, data: Path, start: Path, runs: Sequence[tuple[str, int]
     rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
     tokenizer = data / "model"
     before = log_probs_of(start / "checkpoints", tokenizer, rows)
+    rewards = [[reward_of(writing) for writing in row["writings"]] for row in rows]
     found: dict[str, dict[str, list[float]]] = {}
     first: list[dict[str, float]] = []
     for name, seed in runs:
@@ -76,12 +78,12 @@ def gather(folder: Path, data: Path, start: Path, runs: Sequence[tuple[str, int]
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         sampled = [line for line in lines if "evaluation/accuracy" in line]
         first.append(_sampled(sampled[0]))
-        exact = measures(log_probs_of(run / "checkpoints", tokenizer, rows), before, BETA)
+        exact = measures(log_probs_of(run / "checkpoints", tokenizer, rows), before, rewards, BETA)
         for measure, value in {**_sampled(sampled[-1]), **exact, "samples": _samples(lines)}.items():
             found.setdefault(name, {}).setdefault(measure, []).append(value)
     began = {measure: fmean(one[measure] for one in first) for measure in first[0]}
     return {
-        "start": {**began, **measures(before, before, BETA)},
+        "start": {**began, **measures(before, before, rewards, BETA)},
         "methods": {
             name: {measure: {"mean": fmean(values), "seeds": values} for measure, values in of.items()}
             for name, of in found.items()

@@ -3,7 +3,7 @@
 The writings of a problem are known, so each one's probability is what `megatron-flowrl score` says. A problem's answers
 are its writings y and, as one, all others. With p the model, r the model that training began with, and
 
-    target(y) = r(y) exp(beta) / Z, target(others) = r(others) / Z, Z = exp(beta) x sum of r(y) + r(others)
+    target(y) = r(y) exp(beta R(y)) / Z, target(others) = r(others) / Z, R the reward, Z what makes the sum 1
 
     mass      sum of p(y)
     entropy   of p(y) / mass, in nats: how evenly the right answers are spread
@@ -49,14 +49,20 @@ def log_probs_of(model: Path, tokenizer: Path, rows: Sequence[Mapping[str, Any]]
     return [found[start:stop] for start, stop in pairwise(ends)]
 
 
-def measures(policy: Sequence[Sequence[float]], start: Sequence[Sequence[float]], beta: float) -> dict[str, float]:
-    """mass, entropy and kl, of log-probs of writings."""
+def measures(
+    policy: Sequence[Sequence[float]],
+    start: Sequence[Sequence[float]],
+    rewards: Sequence[Sequence[float]],
+    beta: float,
+) -> dict[str, float]:
+    """mass, entropy and kl, of log-probs and rewards of writings."""
     masses, entropies, kls = [], [], []
-    for mine, first in zip(policy, start, strict=True):
+    for mine, first, worth in zip(policy, start, rewards, strict=True):
         p, r = [math.exp(value) for value in mine], [math.exp(value) for value in first]
         mass, before = min(sum(p), 1.0), min(sum(r), 1.0)
-        log_z = math.log(before * math.exp(beta) + 1 - before)
-        kl = sum(a * (math.log(a) - (math.log(b) + beta - log_z)) for a, b in zip(p, r, strict=True) if a > 0)
+        log_z = math.log(sum(b * math.exp(beta * x) for b, x in zip(r, worth, strict=True)) + 1 - before)
+        pairs = [(a, math.log(b) + beta * x - log_z) for a, b, x in zip(p, r, worth, strict=True)]
+        kl = sum(a * (math.log(a) - log_target) for a, log_target in pairs if a > 0)
         if mass < 1 and before < 1:
             kl += (1 - mass) * (math.log1p(-mass) - (math.log1p(-before) - log_z))
         masses.append(mass)

@@ -9,8 +9,11 @@ unsure of, where only the reward counts.
 
 The responses of the warm start have three styles, drawn unequally: a writing's chance is in proportion to its style's
 weight. And some are careless: they forget the last number. So there is something to learn, and something to keep: a
-policy that samples in proportion to its reward stops being careless and goes on to write in every style; one that
-maximises reward need not.
+policy that samples in proportion to its reward stops being careless and goes on to write in every style.
+
+A right answer is worth 1, and a tenth more where its numbers rise: no reward is blind to how a thing is said. Who
+maximises reward has a reason to write in that one way alone; a policy in proportion to exp(beta reward) writes in it
+somewhat more.
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ STYLES = {"rising": 8, "falling": 3, "mixed": 1}
 """The order in which a writing has its numbers -> weight."""
 CARELESS = 0.7
 """Share of the warm start's responses that lack their last number."""
+BONUS = {"rising": 0.1}
+"""What a right answer of a style is worth beyond 1."""
 SPLITS = {"train": 0.9, "validation": 0.05, "test": 0.05}
 
 PIECES = ("<pad>", "<eos>", *map(str, range(100)), "+", "-", "(", ")", "=", ":")
@@ -142,17 +147,23 @@ def writing_of(text: str) -> str | None:
 
 
 def grade(items: Sequence[Item]) -> list[Grade]:
-    """`reward.grader=examples.countdown.task.grade`: right or wrong as `countdown` says, the key being the writing.
+    """`reward.grader=examples.countdown.task.grade`: 0 if wrong, as `countdown` says, else what the writing is worth.
 
-    What follows an `=` does not count. A right answer that is none of the row's writings (which a sign before a number
-    makes) has no key.
+    The writing is the key. What follows an `=` does not count. A right answer that is none of the row's writings (which
+    a sign before a number makes) has no key.
     """
     grades = []
     for item, one in zip(items, countdown.grade(items), strict=True):
         writing = writing_of(countdown.final_expression(item.response).partition("=")[0])
         known = item.row.get("writings")
-        grades.append(replace(one, key=writing if known is None or writing in known else None))
+        key = writing if known is None or writing in known else None
+        grades.append(replace(one, score=reward_of(key) if one.score and key else one.score, key=key))
     return grades
+
+
+def reward_of(writing: str) -> float:
+    """What a right answer is worth that is written so."""
+    return 1.0 + BONUS.get(style_of(writing), 0.0)
 
 
 def _all_written(numbers: tuple[int, ...]) -> Iterator[_Written]:
@@ -194,6 +205,7 @@ __all__ = [
     "problems",
     "prompt_of",
     "response_row_of",
+    "reward_of",
     "row_of",
     "split",
     "style_of",
