@@ -32,7 +32,7 @@ COLUMNS = {
 # Longer than the demo: what maximising reward does to the ways of solving shows with time. And from a start that makes
 # fewer slips, which cost most whoever keeps all ways.
 _WARM_START = ("run.steps=5000", "optimizer.lr_decay_iters=5000")
-_OF_ALL = ("run.steps=80", "optimizer.lr_decay_iters=80", "evaluation.interval=40", "checkpoint.save_interval=40")
+_OF_ALL = ("run.steps=100", "optimizer.lr_decay_iters=100", "evaluation.interval=50", "checkpoint.save_interval=50")
 
 
 def main() -> None:
