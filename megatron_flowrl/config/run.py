@@ -69,11 +69,12 @@ class CodeConfig:
     score: Literal["all", "fraction"] = "all"
     """`all`: 1 where all tests are passed, else 0; `fraction`: the share that is passed."""
 
-    cpu_seconds: PositiveFloat = 6.0
+    cpu_seconds: PositiveFloat = 5.0
     """Processor time of a program, in a test."""
 
-    wall_seconds: PositiveFloat = 10.0
-    """Time of a program in a test; of all calls of a function together. reward.timeout_seconds is for all tests."""
+    wall_seconds: PositiveFloat = 8.0
+    """Time of a program in a test; of all calls of a function together. reward.timeout_seconds is for all tests of an
+    answer, and has to be longer: raise it where problems have many."""
 
     memory_mib: Annotated[int, Field(ge=64)] = 1024
     """Memory of a program."""

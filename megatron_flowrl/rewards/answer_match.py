@@ -29,9 +29,9 @@ _DROPPED = re.compile(
 _WRAPPED = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox|operatorname)\{([^{}]*)\}")
 _UNITS = re.compile(
     r"(?<=[0-9}.])(?:degrees?|dollars?|cents?|units?|inch(?:es)?|feet|foot|miles?|mph|k?meters?|cm|km|gm?|grams?|pounds?|"
-    r"seconds?|minutes?|hours?|days?|years?|square|cubic|percent|points?|people|ways|\^[23])+$"
+    r"seconds?|minutes?|hours?|days?|years?|square|cubic|percent|points?|people|ways)+(?:\^[23])?$"
 )
-_BARE_FRACTION = re.compile(r"\\[dtc]?frac(?:\{([^{}]*)\}|([0-9a-z]))(?:\{([^{}]*)\}|([0-9a-z]))")
+_BARE_FRACTION = re.compile(r"\\frac(?:\{([^{}]*)\}|([0-9a-z]))(?:\{([^{}]*)\}|([0-9a-z]))")
 _BARE_ROOT = re.compile(r"\\sqrt([0-9a-z])")
 _COMMAS = re.compile(r"-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?")
 
@@ -53,6 +53,7 @@ def normalized(answer: str) -> str:
     while (unwrapped := _WRAPPED.sub(r"\1", text)) != text:
         text = unwrapped
     text = _DROPPED.sub("", text.rpartition("=")[2].replace("{,}", ",")).rstrip(".")
+    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\cfrac", "\\frac")
     text = _BARE_FRACTION.sub(lambda m: f"\\frac{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}", text)
     text = _BARE_ROOT.sub(r"\\sqrt{\1}", _UNITS.sub("", text))
     return text.replace(",", "") if _COMMAS.fullmatch(text) else text

@@ -7,8 +7,9 @@ Ground truth, a mapping or its JSON, is one of
     {"entry_point": "add", "prompt": code, "test": code}                    as HumanEval: check(add), or assertions
 
 The program is the last fenced block of a response that is Python's or nobody's, to the end where it is not closed; a
-response without a fence is the program. Where HumanEval's function is not defined in it, it goes on from the prompt.
-The score is 1 where all tests are passed, else 0, or with reward.code.score=fraction the share of those that are.
+response without a fence is the program. HumanEval's prompt goes before it: so it may go on from there, or define the
+function again. The score is 1 where all tests are passed, else 0, or with reward.code.score=fraction the share of those
+that are.
 """
 
 from __future__ import annotations
@@ -45,6 +46,11 @@ def make(settings: RewardConfig) -> Grader:
         memory_bytes=code.memory_mib * 2**20,
         processes=code.processes,
     )
+    if settings.timeout_seconds < code.wall_seconds + 1:
+        raise UserError(
+            f"reward.timeout_seconds = {settings.timeout_seconds:g} is for all tests of an answer, and "
+            f"reward.code.wall_seconds = {code.wall_seconds:g} for one of them: raise the former, or lower the latter"
+        )
     for path in code.readable:
         if not os.path.isabs(path) or not os.path.isdir(path):
             raise UserError(f"reward.code.readable has {path!r}, which is no folder's absolute path")
@@ -55,13 +61,20 @@ def make(settings: RewardConfig) -> Grader:
 
     def verdict_of(item: Item) -> Verdict:
         problem, program = problem_of(item.ground_truth), program_of(item.response)
-        if "prompt" in problem and not defines(program, problem["entry_point"]):
+        if "prompt" in problem and "from __future__" not in program:  # helpers and imports of the prompt count
             program = f"{problem['prompt']}\n{program}"
         if code.server is not None:
             return by_server(code.server, program, problem, limits)
         if "inputs" in problem:
             tests = list(zip(problem["inputs"], problem["outputs"], strict=True))
-            return by_output(program, tests, limits, namespaces=namespaces, readable=code.readable)
+            return by_output(
+                program,
+                tests,
+                limits,
+                namespaces=namespaces,
+                readable=code.readable,
+                to_the_end=code.score == "fraction",
+            )
         given: dict[str, Any] = {name: problem[name] for name in ("calls", "prompt", "test") if name in problem}
         entry = problem["entry_point"]
         return by_calls(program, given, entry, limits, namespaces=namespaces, readable=code.readable)
@@ -117,13 +130,6 @@ def program_of(response: str) -> str:
     return response if program is None else program
 
 
-def defines(program: str, entry: str) -> bool:
-    """Whether the program has the function, or the class that it is in, at its outermost level."""
-    name = re.escape(entry.partition(".")[0])
-    defined = rf"^(?:(?:async\s+)?def|class)\s+{name}\b|^{name}\s*(?::[^=\n]*)?="
-    return re.search(defined, program, re.MULTILINE) is not None
-
-
 def score_of(verdict: Verdict, how: str) -> float:
     """What it is worth to have passed so many tests."""
     return verdict.passed / verdict.of if how == "fraction" and verdict.of else float(verdict.passed == verdict.of)
@@ -133,4 +139,4 @@ def _is_list(value: Any, kind: type) -> bool:
     return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(one, kind) for one in value)
 
 
-__all__ = ["check_ground_truth", "defines", "make", "problem_of", "program_of", "score_of"]
+__all__ = ["check_ground_truth", "make", "problem_of", "program_of", "score_of"]

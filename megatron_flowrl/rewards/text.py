@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 READ_CHARACTERS = 50_000
 """The end of a response that is searched by reward.pattern."""
 
-_LETTER = re.compile(r"(?<![^\W_])([A-Za-z])(?![^\W_]|['\u2019])")
+# A letter before a bracket, or a capital; an A or I that words follow is an article, or who speaks.
+_LETTER = re.compile(r"(?<![^\W_])([A-Za-z](?=\))|[B-HJ-Z](?![^\W_]|['\u2019])|[AI](?![^\W_]|['\u2019]|\s+[a-z]))")
 
 
 def make_exact(settings: RewardConfig) -> Grader:
@@ -40,7 +41,8 @@ def make_choice(settings: RewardConfig) -> Grader:
     """The `choice` grader."""
 
     def letter(text: str) -> str | None:
-        found = _LETTER.search(text)
+        alone = re.fullmatch(r"\W*([A-Za-z])\W*", text)
+        found = alone or _LETTER.search(text)
         return found[1].upper() if found else None
 
     return by_text(lambda item: letter(boxed_answer(item.response) or final_answer(item.response)), letter)

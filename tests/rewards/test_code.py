@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from megatron_flowrl.config import CodeConfig, RewardConfig, UserError
-from megatron_flowrl.rewards.code import defines, program_of
+from megatron_flowrl.rewards.code import program_of
 from megatron_flowrl.rewards.find import check_ground_truth, make_grader
 from megatron_flowrl.rewards.grader import Grade, Item
 from megatron_flowrl.rewards.pool import GraderPool
-from megatron_flowrl.rewards.sandbox.run import PYTHON, Jail, Limits
+from megatron_flowrl.rewards.sandbox.run import PYTHON, Jail, JailBroken, Limits
 from megatron_flowrl.rewards.sandbox.walls import walls
 
 pytestmark = pytest.mark.skipif(not walls().namespaces, reason=f"no namespaces here: {walls().trouble}")
@@ -54,12 +54,6 @@ def test_the_last_block_that_is_python_is_the_program(response: str, program: st
     assert program_of(response) == program
 
 
-def test_what_a_program_defines() -> None:
-    assert all(defines(text, "f") for text in ("def f(x):", "x = 1\nasync def f():", "f = lambda: 1", "f: int = 1"))
-    assert not any(defines(text, "f") for text in ("    def f(x):", "def ff(x):", "f == 1 or 2" and "g(f)", "# def f"))
-    assert defines("class Solution:\n  pass", "Solution.f")
-
-
 def test_each_kind_of_tests() -> None:
     add = "```python\nprint(sum(map(int, input().split())))\n```"
     assert score(add, OUTPUT) == 1.0 and score("print(3)", OUTPUT) == 0.0
@@ -70,14 +64,37 @@ def test_each_kind_of_tests() -> None:
     assert score("def add(a, b): return a + b", CHECK) == 1.0
     assert score("    return a + b", CHECK) == 1.0  # goes on from the prompt
     assert score("    return a - b", CHECK) == 0.0
+    needs_helper = {**CHECK, "prompt": "def twice(x): return 2 * x\n" + CHECK["prompt"]}
+    assert score("def add(a, b): return (twice(a) + twice(b)) // 2", needs_helper) == 1.0
+    assert score("print(sum(map(int, input().split())))\nexit()", OUTPUT) == 1.0
+    main = "def add(a, b): return a + b\nif __name__ == '__main__': print(add(*map(int, input().split())))"
+    assert score(main, CALLS) == score(main, OUTPUT) == 1.0
+
+
+def test_a_test_that_misses_something_is_no_wrong_answer() -> None:
+    broken = {**CHECK, "test": "import no_such_module\n" + CHECK["test"]}
+    with pytest.raises(JailBroken, match="the test cannot be run: ModuleNotFoundError: No module named 'no_such"):
+        score("def add(a, b): return a + b", broken)
+
+
+def test_a_time_limit_that_is_too_short_for_one_test_is_refused() -> None:
+    with pytest.raises(UserError, match=r"timeout_seconds = 8 is for all tests .*wall_seconds = 8 for one of them"):
+        make_grader(RewardConfig(grader="code", timeout_seconds=8.0))
 
 
 def test_a_folder_of_packages_can_be_read(tmp_path: Path) -> None:
-    (tmp_path / "helper.py").write_text("three = 3")
+    folder = tmp_path / "lib"
+    folder.mkdir()
+    (folder / "helper.py").write_text("three = 3")
+    (tmp_path / "link").symlink_to(folder)
     tmp_path.chmod(0o755)  # a superuser's programs run as nobody
     program = "import helper\nprint(helper.three if input() == '1 2' else 10)"
     assert score(program, OUTPUT) == 0.0
-    assert score(program, OUTPUT, readable=(str(tmp_path),)) == 1.0
+    assert (
+        score(program, OUTPUT, readable=(str(folder),))
+        == score(program, OUTPUT, readable=(str(tmp_path / "link"),))
+        == 1.0
+    )
     with pytest.raises(UserError, match=r"reward\.code\.readable has 'lib', which is no folder's absolute path"):
         score(program, OUTPUT, readable=("lib",))
 
@@ -111,7 +128,7 @@ def fusion() -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            assert self.path == "/run_code" and asked["language"] == "python" and asked["run_timeout"] == 10.0
+            assert self.path == "/run_code" and asked["language"] == "python" and asked["run_timeout"] == 8.0
             with Jail([PYTHON, "-S", "x.py"], {"x.py": asked["code"]}, Limits(), namespaces=True) as jail:
                 done = jail.run(asked["stdin"].encode())
             run = {"status": "Finished" if done.code == 0 else "Error", "return_code": done.code}
@@ -136,6 +153,8 @@ def test_programs_can_run_on_a_server(fusion: str) -> None:
     assert score("def add(a, b): return a + b", CALLS, server=fusion) == 1.0
     assert score("def add(a, b): return (1, 2) if a == [1] else 3", CALLS, server=fusion) == 1.0
     assert score("def add(a, b): raise ValueError", CALLS, server=fusion) == 0.0
+    own_names = "def encode(x): return 'mine'\ndef decode(x): return x\ndef add(a, b): return a + b"
+    assert score(own_names, CALLS, server=fusion) == 1.0
     with pytest.raises(ValueError, match=r"cannot be run on reward\.code\.server"):
         score("def add(a, b): return a + b", CHECK, server=fusion)
 

@@ -44,7 +44,12 @@ def test_exact(response: str, truth: Any, score: float, key: str | None) -> None
         ("Therefore \\boxed{\\text{(B)}} and not C", 1.0, "B"),
         ("Answer: C", 0.0, "C"),
         ("Answer: Both", 0.0, None),
-        ("I don't know", 0.0, "I"),  # the first letter that stands alone: whoever wants less says Answer:
+        ("I don't know", 0.0, None),
+        ("This is a hard question.", 0.0, None),
+        ("I think it is B", 1.0, "B"),
+        ("b", 1.0, "B"),
+        ("Answer: A good one", 0.0, None),
+        ("Answer: A.", 0.0, "A"),
         ("", 0.0, None),
     ],
 )
@@ -87,6 +92,9 @@ def test_what_is_no_answer_is_refused_before_grading(truth: Any) -> None:
         ("1{,}234", "1234"),
         ("(1,234)", "(1,234)"),
         ("12 cm", "12"),
+        ("12 cm^2", "12"),
+        ("3^2", "3^2"),
+        ("\\dfrac{\\sqrt{3}}{2}", "\\frac{\\sqrt{3}}{2}"),
         ("$18 dollars", "18"),
         ("90^\\circ", "90"),
         ("\\sqrt2", "\\sqrt{2}"),

@@ -7,7 +7,7 @@ The two never meet: `calls.py`, outside, passes lines from one to the other. So 
 nothing of what is expected; and the test's process sees plain data, and none of the answer's code.
 
     {"call": [arguments, keyword arguments]}   {"value": v, "arguments": [..]} or {"error": [type, text]}
-    {"verdict": [passed, of, why not]}
+    {"verdict": [passed, of, why not]} or {"broken": why the test could not be run}
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def _error(error: BaseException) -> dict[str, list[str]]:
 
 
 def _answer(channel: tuple[TextIO, TextIO], entry: str) -> None:
-    module = types.ModuleType("__main__")
-    sys.modules["__main__"] = module
+    module = types.ModuleType("answer")  # not __main__: what a program does when it is run is not asked for
+    sys.modules["answer"] = module
     failed = None
     try:
         with open("answer.py", encoding="utf-8", errors="surrogatepass") as file:
@@ -89,7 +89,10 @@ def _function(module: types.ModuleType, entry: str) -> Callable[..., Any]:
 
 
 def _test(channel: tuple[TextIO, TextIO], entry: str) -> None:
+    called = []
+
     def candidate(*arguments: Any, **keywords: Any) -> Any:
+        called.append(True)
         _send(channel, {"call": encode([list(arguments), keywords])})
         reply = json.loads(channel[0].readline())
         if "error" in reply:
@@ -124,6 +127,9 @@ def _test(channel: tuple[TextIO, TextIO], entry: str) -> None:
             passed = 1
         except BaseException as error:
             why = f"{type(error).__name__}: {error}"
+            if not called:  # it misses something of its own, and says nothing about the answer
+                _send(channel, {"broken": why[:_LONGEST_TEXT]})
+                return
     _send(channel, {"verdict": [passed, total, why[:_LONGEST_TEXT]]})
 
 

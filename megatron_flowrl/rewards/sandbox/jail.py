@@ -65,6 +65,7 @@ def main(descriptor: int) -> NoReturn:
     """What the module says."""
     with os.fdopen(descriptor) as sent:
         order = Order(**json.load(sent))
+    os.set_inheritable(order.report, False)  # what the command executes may not write there
     linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != order.parent:
         os._exit(1)
@@ -158,7 +159,8 @@ def _make_root(order: Order) -> None:
         os.mkdir(f"{root}/{name}")
         kind = "tmpfs" if name == "tmp" else name
         linux.mount(kind, f"{root}/{name}", kind, linux.MS_NOSUID | linux.MS_NODEV, options)
-    for path in (*_SYSTEM, *order.readable):  # after /tmp, where one of them may be
+    beside = (*order.readable, *map(os.path.realpath, order.readable))  # where links among them lead
+    for path in dict.fromkeys((*_SYSTEM, *beside)):  # after /tmp, where one of them may be
         if os.path.islink(path):
             os.makedirs(os.path.dirname(root + path), exist_ok=True)
             os.symlink(os.readlink(path), root + path)
@@ -188,7 +190,7 @@ def _write_files(order: Order, folder: str) -> None:
 
 def _start_and_watch(order: Order, work: str, as_nobody: bool) -> None:
     began = time.monotonic()
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD, signal.SIGTERM])
     watcher = os.getpid()
     command = os.fork()
     if not command:
@@ -206,8 +208,9 @@ def _start_and_watch(order: Order, work: str, as_nobody: bool) -> None:
         if ended == command:
             status = its_status
         elif not ended:
-            signal.sigtimedwait([signal.SIGCHLD], _LOOK_SECONDS)
-            reason = _beyond(order, began)
+            told = signal.sigtimedwait([signal.SIGCHLD, signal.SIGTERM], _LOOK_SECONDS)
+            asked_to_end = told is not None and told.si_signo == signal.SIGTERM
+            reason = "ended from outside" if asked_to_end else _beyond(order, began)
     if not order.namespaces:
         _end_children()
     _report(order, code=None if status is None else os.waitstatus_to_exitcode(status), reason=reason)
@@ -241,7 +244,7 @@ def _confine(order: Order, work: str, as_nobody: bool) -> None:
         linux.restrict_files(readable, [work, "/dev/null"])
     if seccomp.known_here():
         seccomp.deny()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD, signal.SIGTERM])
 
 
 def _beyond(order: Order, began: float) -> str:

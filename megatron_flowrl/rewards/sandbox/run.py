@@ -99,13 +99,13 @@ class Jail:
             command=list(command),
             files=dict(files),
             folder=self._folder,
-            readable=[*dict.fromkeys((sys.base_prefix, *readable))],
+            readable=[*dict.fromkeys((sys.base_prefix, *readable))],  # the links among them are followed inside
             namespaces=namespaces,
             environment={
                 **_ENVIRONMENT,
                 "HOME": "/tmp",
                 "TMPDIR": "/tmp" if namespaces else self._folder,
-                "PYTHONPATH": os.pathsep.join(readable),
+                **({"PYTHONPATH": os.pathsep.join(readable)} if readable else {}),
             },
             **shared,
         )
@@ -137,7 +137,7 @@ class Jail:
         reason = "output limit" if full else ""
         code = None
         if not reason:
-            code, reason = self._outcome()
+            code, reason = self.report()
         return Outcome(code, reason, output, errors, time.monotonic() - self._began)
 
     def _exchange(self, given: bytes) -> tuple[bytes, bytes, bool]:
@@ -180,7 +180,8 @@ class Jail:
         except BrokenPipeError:  # it does not read all, which it need not
             return left[:0]
 
-    def _outcome(self) -> tuple[int | None, str]:
+    def report(self) -> tuple[int | None, str]:
+        """Exit status and reason, when it has ended; see `Outcome`. Raises JailBroken."""
         said = self._report.readline()
         try:
             reply = json.loads(said)
@@ -193,6 +194,10 @@ class Jail:
 
     def close(self) -> None:
         """End it, and wait for its end; safe to call twice."""
+        if self._folder_is_ours:  # no namespace ends what the command has started: the keeper has to
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_LATE_SECONDS)
         self.process.kill()
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr, self._report):

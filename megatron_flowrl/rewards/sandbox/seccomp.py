@@ -20,6 +20,9 @@ _DENIED: Mapping[str, tuple[int | None, int | None]] = {
     "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
     "kcmp": (312, 272),
+    "shmget": (29, 194),  # memory that no limit counts
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
     "pidfd_getfd": (438, 438),
     "process_madvise": (440, 440),
     "mount": (165, 40),

@@ -18,11 +18,12 @@ from megatron_flowrl.rewards.sandbox.tests import HERE, Verdict, same_output, sa
 _MARK = "result of the call: "
 _CALLER = """
 import json as _json, sys as _sys
-_given = _sys.stdin.read()
-{plain}
+_given, _plain = _sys.stdin.read(), {{}}
+exec({plain!r}, _plain)
 _owner, _, _name = {entry!r}.rpartition(".")
 _function = getattr(globals()[_owner](), _name) if _owner else globals()[_name]
-print("\\n" + {mark!r} + _json.dumps(encode(_function(*decode(_json.loads(_given))))))
+_result = _plain["encode"](_function(*_plain["decode"](_json.loads(_given))))
+print("\\n" + {mark!r} + _json.dumps(_result))
 """
 
 
@@ -31,7 +32,7 @@ def by_server(url: str, program: str, problem: Mapping[str, Any], limits: Limits
     if "inputs" in problem:
         tests = [(given, output, program) for given, output in zip(problem["inputs"], problem["outputs"], strict=True)]
     elif "calls" in problem:
-        plain = (HERE / "plain.py").read_text().replace("from __future__ import annotations", "")
+        plain = (HERE / "plain.py").read_text()
         caller = program + _CALLER.format(plain=plain, entry=problem["entry_point"], mark=_MARK)
         tests = [(json.dumps(encode(call["args"])), call["expected"], caller) for call in problem["calls"]]
     else:

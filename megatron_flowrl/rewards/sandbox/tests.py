@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import selectors
 import time
 from collections.abc import Mapping, Sequence
@@ -31,9 +32,17 @@ class Verdict:
 
 
 def by_output(
-    program: str, tests: Sequence[tuple[str, str]], limits: Limits, *, namespaces: bool, readable: Sequence[str] = ()
+    program: str,
+    tests: Sequence[tuple[str, str]],
+    limits: Limits,
+    *,
+    namespaces: bool,
+    readable: Sequence[str] = (),
+    to_the_end: bool = True,
 ) -> Verdict:
-    """Run the program on each (input, output), each time anew. Raises JailBroken.
+    """Run the program on each (input, output), each time anew; without `to_the_end`, to the first that fails.
+
+    Raises JailBroken.
 
     Lines count without spaces at their ends and empty lines at the end of all, and as the same where they differ only
     in how numbers of the same value are written. What is expected stays in this process.
@@ -52,6 +61,8 @@ def by_output(
             problem = "another output than expected"
         passed += not problem
         why = why or (f"test {number}: {problem}" if problem else "")
+        if problem and not to_the_end:
+            break
     return Verdict(passed, len(tests), why)
 
 
@@ -94,18 +105,19 @@ def by_calls(
         while True:
             line = asking.read()
             if line is None:
-                ended = "the time limit" if time.monotonic() > deadline else "an end of the test without a verdict"
-                return Verdict(0, len(given.get("calls", "x")), gone or ended)
+                return Verdict(0, len(given.get("calls", "x")), gone or _end_of(test, deadline))
             message = _message(line)
+            if "broken" in message:
+                raise JailBroken(f"the test cannot be run: {message['broken']}")
             if "verdict" in message:
                 passed, of, why = message["verdict"]
                 return Verdict(int(passed), int(of), gone or str(why))
             reply = asked.ask(line) if not gone else None
             if reply is None:
-                gone = gone or "the answer's process ended, or took too long"
+                gone = gone or f"the answer's process: {_end_of(answer, deadline)}"
                 reply = json.dumps({"error": ["RuntimeError", gone]}).encode() + b"\n"
             if not asking.write(reply):
-                return Verdict(0, len(given.get("calls", "x")), gone or "an end of the test without a verdict")
+                return Verdict(0, len(given.get("calls", "x")), gone or _end_of(test, deadline))
 
 
 def _encoded(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,6 +125,18 @@ def _encoded(given: Mapping[str, Any]) -> dict[str, Any]:
         return dict(given)
     calls = [{"args": encode(list(call["args"])), "expected": encode(call["expected"])} for call in given["calls"]]
     return {"calls": calls}
+
+
+def _end_of(jail: Jail, deadline: float) -> str:
+    """Why a process says no more. Raises JailBroken where it never was one: the answer is not to blame for that."""
+    assert jail.process.stdout
+    descriptor = jail.process.stdout.fileno()
+    if time.monotonic() > deadline:
+        return "time limit"
+    if not select.select([descriptor], [], [], 0)[0] or os.read(descriptor, 1):
+        return "it said too much"
+    code, reason = jail.report()
+    return reason or f"exit status {code}"
 
 
 def same_output(found: str, expected: str) -> bool:
@@ -134,7 +158,7 @@ def _same_numbers(a: str, b: str) -> bool:
 
 
 def _python(*arguments: str) -> list[str]:
-    return [PYTHON, "-s", "-S", *arguments]  # not -I: what stands beside a program is imported
+    return [PYTHON, "-s", *arguments]  # not -I: what stands beside a program is imported; not -S: it brings exit()
 
 
 def _message(line: bytes) -> dict[str, Any]:

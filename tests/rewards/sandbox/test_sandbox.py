@@ -57,6 +57,12 @@ ATTACKS = {
     "io_uring": "import ctypes; assert ctypes.CDLL(None).syscall(425, 1, 0) >= 0; print(42)",
     "the kernel's settings": "open('/proc/sys/kernel/hostname', 'w').write('x'); print(42)",
     "ends at once": "import os; os._exit(0)",
+    "forges its report": (
+        "import os\nprint(42, flush=True)\nfor d in range(3, 64):\n"
+        "  try: os.write(d, b'{\"code\": 0, \"reason\": \"\"}\\n')\n  except OSError: pass\nos._exit(7)"
+    ),
+    "memory in files": "import os; os.memfd_create('x'); print(42)",
+    "shared memory": "import ctypes; assert ctypes.CDLL(None).shmget(0, 4096, 0o1600) >= 0; print(42)",
     "loops": "while True: pass",
     "loops past its signals": "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass",
     "sleeps": "import time; time.sleep(99)",
@@ -149,6 +155,7 @@ def test_without_namespaces_what_a_program_starts_is_ended_too() -> None:
     assert by_output(child + GOOD, TESTS, LIMITS, namespaces=False) == Verdict(2, 2)
     assert by_output(child + "time.sleep(60)", TESTS[:1], LIMITS, namespaces=False).why == "test 0: time limit"
     assert by_calls("def f(x): return x + 1", CALLS, "f", LIMITS, namespaces=False) == Verdict(2, 2)
+    assert by_calls(child + "f = lambda x: time.sleep(60)", CALLS, "f", LIMITS, namespaces=False).passed == 0
     if walls().landlock:
         assert by_output(ATTACKS["reads /etc/passwd"], TESTS[:1], LIMITS, namespaces=False).passed == 0
 
