@@ -52,7 +52,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         Benchmark("math500", "math", MATH, "HuggingFaceH4/MATH-500"),
         Benchmark("minerva", "math", MATH, "math-ai/minervamath"),
         Benchmark("olympiadbench", "math", MATH, "math-ai/olympiadbench"),
-        Benchmark("gsm8k", "math", MATH, "openai/gsm8k"),
+        Benchmark("gsm8k", "math", MATH),
         Benchmark("humaneval", "code", FUNCTION, "openai/openai_humaneval"),
         Benchmark("humaneval+", "code", FUNCTION, "evalplus/humanevalplus"),
         Benchmark("livecodebench", "code", PROGRAM),

@@ -14,7 +14,7 @@ from megatron_flowrl.checkpoint.locate import locate_model
 from megatron_flowrl.config import Config, UserError, check_config
 from megatron_flowrl.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_flowrl.evaluation.benchmarks import benchmark_of
-from megatron_flowrl.evaluation.evaluate import SUMMARY, Plan, check_plan, evaluate, table
+from megatron_flowrl.evaluation.evaluate import SUMMARY, Plan, check_plan, claim, evaluate, reward_of, table
 from megatron_flowrl.evaluation.judge import judge
 from megatron_flowrl.evaluation.sources import ChatServer, OwnServers
 from megatron_flowrl.model.architecture import read_architecture
@@ -33,8 +33,9 @@ def evaluate_command(config: Config, world: World, given: argparse.Namespace, be
     plan = _plan(config, given, benchmarks)
     problems = check_plan(plan)
     for name in problems:
-        make_grader(replace(config.reward, grader=benchmark_of(name).grader))
+        make_grader(reward_of(config, benchmark_of(name)))
     output = Path(given.output)
+    claim(output, plan, problems)
     with _source(config, world, given, plan, output) as source:
         summary = evaluate(config, plan, problems, source, output)
     print(table(summary))
@@ -70,10 +71,22 @@ def _plan(config: Config, given: argparse.Namespace, benchmarks: Sequence[str]) 
         if not is_good:
             value = getattr(given, option.removeprefix("--").replace("-", "_"))
             raise UserError(f"{option} {value} cannot be: numbers of things are 1 or more, 0 < top-p <= 1")
-    model = given.served_model if given.server is not None else config.model.path
+    model = given.served_model
+    if given.server is None:
+        folder = locate_model(config.model.path)  # a run's newest checkpoint, whatever is saved meanwhile
+        model = str((folder.checkpoint or folder.hugging_face).absolute())
     return Plan(
-        benchmarks, data, model, given.n, given.temperature, given.top_p, given.max_tokens, given.limit, given.contests
-    )  # fmt: skip
+        benchmarks,
+        data,
+        model,
+        not given.no_chat,
+        given.n,
+        given.temperature,
+        given.top_p,
+        given.max_tokens,
+        given.limit,
+        given.contests,
+    )
 
 
 def _source(
@@ -81,7 +94,8 @@ def _source(
 ) -> ChatServer | OwnServers:
     if given.server is not None:
         return _chat_server(config, given)
-    folder = locate_model(config.model.path)
+    config = replace(config, model=replace(config.model, path=plan.model))
+    folder = locate_model(plan.model)
     architecture = read_architecture(folder.hugging_face)
     longest = config.rollout.max_model_len or architecture.max_sequence_length
     if plan.max_tokens >= longest:

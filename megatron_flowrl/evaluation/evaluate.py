@@ -6,20 +6,23 @@ summary.json has the numbers of all benchmarks.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import fmean
 from typing import Any
 
-from megatron_flowrl.config import Config, UserError
+from megatron_flowrl.config import Config, RewardConfig, UserError
 from megatron_flowrl.evaluation.benchmarks import MATH_SIX, Benchmark, Problem, benchmark_of, read_problems
 from megatron_flowrl.evaluation.diversity import clusters, distinct_finals, distinct_n, self_bleu
 from megatron_flowrl.evaluation.estimates import bootstrap_interval, majority, pass_at_k
-from megatron_flowrl.evaluation.rating import contest_rating, model_rating, read_contest
+from megatron_flowrl.evaluation.rating import Contest, contest_rating, model_rating, read_contest
 from megatron_flowrl.evaluation.sources import Source, Wanted
 from megatron_flowrl.observe.log import logger, progress
 from megatron_flowrl.rewards.grader import Grade, Item
@@ -28,6 +31,7 @@ from megatron_flowrl.rollout.generation import Sampling
 
 SUMMARY = "summary.json"
 _SETTINGS = "settings.json"
+_CODE_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,10 @@ class Plan:
     """Benchmark -> file; the others are read from the hub."""
 
     model: str
-    """A name, for the record."""
+    """What answers: a server's name for it, or the folder that is read, a checkpoint's own."""
+
+    chat: bool = True
+    """Whether a chat template is put around prompts."""
 
     n: int = 16
     temperature: float = 0.6
@@ -73,29 +80,60 @@ def check_plan(plan: Plan) -> dict[str, list[Problem]]:
     unknown = [name for name in plan.data if name not in plan.benchmarks]
     if unknown:
         raise UserError(f"--data names {', '.join(unknown)}, which is not evaluated; leave it out, or name it")
-    return {
+    found = {
         name: read_problems(benchmark_of(name), plan.data.get(name), plan.limit)
         for name in dict.fromkeys(plan.benchmarks)
     }
+    for name, problems in found.items():
+        _contests_of(plan, name, problems)
+    return found
+
+
+def claim(output: Path, plan: Plan, problems: Mapping[str, Sequence[Problem]]) -> None:
+    """Make the folder ours, or see that the answers there are this plan's, to these problems. Raises UserError."""
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / _SETTINGS
+    there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {**plan.identity(), "problems": {}}
+    other = [f"{name} = {there.get(name)!r}" for name, value in plan.identity().items() if there.get(name) != value]
+    digests = {name: _digest(some) for name, some in problems.items()}
+    known = there["problems"]
+    other += [f"other problems of {name}" for name, digest in digests.items() if known.get(name, digest) != digest]
+    if other:
+        raise UserError(f"{output} has answers of another evaluation ({', '.join(other)}); give another --output")
+    settings = {**plan.identity(), "problems": {**known, **digests}}
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _digest(problems: Sequence[Problem]) -> str:
+    content = [(problem.id, problem.prompt, problem.ground_truth) for problem in problems]
+    return hashlib.sha256(repr(content).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def evaluate(
     config: Config, plan: Plan, problems: Mapping[str, Sequence[Problem]], source: Source, output: Path
 ) -> dict[str, Any]:
-    """Answer and grade what is missing, write the summary, and return it. Raises UserError."""
-    _claim(output, plan)
+    """Answer and grade what is missing, write the summary, and return it; `claim` comes before. Raises UserError."""
     found: dict[str, Any] = {}
+    summary: dict[str, Any] = {"plan": asdict(plan), "benchmarks": found}
     for name, some in problems.items():
         benchmark = benchmark_of(name)
         graded = _graded(config, plan, benchmark, some, source, output / f"{name}.jsonl")
         found[name] = summarize(graded, [problem.id for problem in some], config.reward.correct_from)
-        if plan.contests is not None and any("contest" in problem.row for problem in some):
-            found[name] |= _rating(Path(plan.contests), some, graded, config.reward.correct_from)
-    summary: dict[str, Any] = {"plan": asdict(plan), "benchmarks": found}
-    if all(name in found for name in MATH_SIX):
-        summary["math_six"] = fmean(found[name]["avg"] for name in MATH_SIX)
-    (output / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        contests = _contests_of(plan, name, some)
+        if contests:
+            found[name] |= _rating(contests, some, graded, config.reward.correct_from)
+        if all(one in found for one in MATH_SIX):
+            summary["math_six"] = fmean(found[one]["avg"] for one in MATH_SIX)
+        (output / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
+
+
+def reward_of(config: Config, benchmark: Benchmark) -> RewardConfig:
+    """How a benchmark is graded; programs have many tests, and get time for them."""
+    seconds = config.reward.timeout_seconds
+    if benchmark.grader == "code":
+        seconds = max(seconds, _CODE_SECONDS)
+    return replace(config.reward, grader=benchmark.grader, timeout_seconds=seconds)
 
 
 def summarize(answers: Sequence[GradedText], ids: Sequence[str], correct_from: float) -> dict[str, Any]:
@@ -156,27 +194,13 @@ def table(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _claim(output: Path, plan: Plan) -> None:
-    """Make the folder ours, or see that what is there is of the same evaluation."""
-    output.mkdir(parents=True, exist_ok=True)
-    file = output / _SETTINGS
-    if not file.exists():
-        file.write_text(json.dumps(plan.identity(), indent=2) + "\n", encoding="utf-8")
-        return
-    there = json.loads(file.read_text(encoding="utf-8"))
-    other = [name for name, value in plan.identity().items() if there.get(name) != value]
-    if other:
-        raise UserError(
-            f"{output} has answers with another {', '.join(other)} "
-            f"({', '.join(f'{name} = {there.get(name)!r}' for name in other)}); give another --output"
-        )
-
-
 def _graded(
     config: Config, plan: Plan, benchmark: Benchmark, problems: Sequence[Problem], source: Source, file: Path
 ) -> list[GradedText]:
     place = {problem.id: number for number, problem in enumerate(problems)}
-    done = {(one.id, one.sample): one for one in read_answers(file) if one.id in place and one.sample < plan.n}
+    done = {
+        (one.id, one.sample): one for one in read_answers(file, repair=True) if one.id in place and one.sample < plan.n
+    }
     wanted = [
         Wanted(number, sample)
         for number, problem in enumerate(problems)
@@ -188,24 +212,25 @@ def _graded(
     if wanted:
         sampling = Sampling(max_tokens=plan.max_tokens, temperature=plan.temperature, top_p=plan.top_p)
         prompts = [problem.prompt for problem in problems]
-        reward = replace(config.reward, grader=benchmark.grader)
+        reward = reward_of(config, benchmark)
         with (
             GraderPool(reward) as pool,
             file.open("a", encoding="utf-8") as lines,
             progress(config.logging, 0, len(wanted), benchmark.name) as advance,
         ):
-            waiting: list[tuple[dict[str, Any], Future[Grade]]] = []
+            come: SimpleQueue[tuple[dict[str, Any], Future[Grade]]] = SimpleQueue()
+            asked = 0
 
             def write(everything: bool) -> None:
-                for entry in [*waiting]:
-                    if not everything and not entry[1].done():
-                        continue
-                    grade = entry[1].result()
-                    one = GradedText(**entry[0], score=grade.score, key=grade.key, problem=grade.problem)
+                nonlocal asked
+                while asked and (everything or not come.empty()):
+                    about, future = come.get()
+                    asked -= 1
+                    grade = future.result()
+                    one = GradedText(**about, score=grade.score, key=grade.key, problem=grade.problem)
                     lines.write(json.dumps(asdict(one)) + "\n")
                     lines.flush()
                     done[one.id, one.sample] = one
-                    waiting.remove(entry)
                     advance()
 
             try:
@@ -214,20 +239,26 @@ def _graded(
                     item = Item(answer.text, problem.ground_truth, problem.prompt, problem.row, answer.finish_reason)
                     about = {"id": problem.id, "sample": answer.sample, "response": answer.text}
                     about |= {"tokens": answer.tokens, "finish_reason": answer.finish_reason}
-                    waiting.append((about, pool.submit(item)))
+                    if answer.trouble is None:
+                        future = pool.submit(item)
+                    else:
+                        future = Future()
+                        future.set_result(Grade(reward.failed_score, None, answer.trouble))
+                    asked += 1
+                    future.add_done_callback(partial(_put, come, about))
                     write(everything=False)
             finally:  # what has come is kept, also where the source fails, or the user interrupts
                 write(everything=True)
     return [done[problem.id, sample] for problem in problems for sample in range(plan.n)]
 
 
-def read_answers(file: Path) -> list[GradedText]:
-    """Lines of an earlier run; the last may be cut off, and is then answered again."""
+def read_answers(file: Path, *, repair: bool = False) -> list[GradedText]:
+    """Lines of an earlier run. The last may be cut off: with `repair` it is taken off the file, to be written anew."""
     if not file.exists():
         return []
     content = file.read_text(encoding="utf-8")
     whole, _, rest = content.rpartition("\n")
-    if rest:
+    if rest and repair:
         file.write_text(whole + "\n" if whole else "", encoding="utf-8")
     try:
         return [GradedText(**json.loads(line)) for line in whole.splitlines()]
@@ -237,8 +268,28 @@ def read_answers(file: Path) -> list[GradedText]:
         ) from error
 
 
+def _put(come: SimpleQueue[Any], about: dict[str, Any], future: Future[Grade]) -> None:
+    come.put((about, future))
+
+
+def _contests_of(plan: Plan, name: str, problems: Sequence[Problem]) -> dict[str, Contest]:
+    """The contests that a benchmark's problems are of, if there is to be a rating. Raises UserError."""
+    if plan.contests is None or not any("contest" in problem.row for problem in problems):
+        return {}
+    names = {str(problem.row.get("contest")): problem for problem in problems}
+    bad = [problem.id for problem in problems if "contest" not in problem.row or "index" not in problem.row]
+    if bad:
+        raise UserError(f"{name}: the problem {bad[0]!r} has no contest and index, which --contests needs of each")
+    contests = {one: read_contest(Path(plan.contests) / f"{one}.json") for one in names}
+    for problem in problems:
+        contest = contests[str(problem.row["contest"])]
+        if str(problem.row["index"]) not in contest.problems:
+            raise UserError(f"{name}: contest {contest.name} has no problem {problem.row['index']!r}")
+    return contests
+
+
 def _rating(
-    contests: Path, problems: Sequence[Problem], answers: Sequence[GradedText], correct_from: float
+    contests: Mapping[str, Contest], problems: Sequence[Problem], answers: Sequence[GradedText], correct_from: float
 ) -> dict[str, Any]:
     """CodeForces rating: a problem's answers in their order are its attempts."""
     attempts: dict[str, list[bool]] = defaultdict(list)
@@ -247,8 +298,19 @@ def _rating(
     of: dict[str, dict[str, list[bool]]] = defaultdict(dict)
     for problem in problems:
         of[str(problem.row["contest"])][str(problem.row["index"])] = attempts[problem.id]
-    ratings = {name: contest_rating(read_contest(contests / f"{name}.json"), some) for name, some in of.items()}
+    ratings = {name: contest_rating(contests[name], some) for name, some in of.items()}
     return {"rating": model_rating([*ratings.values()]), "rating_of_contest": ratings}
 
 
-__all__ = ["SUMMARY", "GradedText", "Plan", "check_plan", "evaluate", "read_answers", "summarize", "table"]
+__all__ = [
+    "SUMMARY",
+    "GradedText",
+    "Plan",
+    "check_plan",
+    "claim",
+    "evaluate",
+    "read_answers",
+    "reward_of",
+    "summarize",
+    "table",
+]

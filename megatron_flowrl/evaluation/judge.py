@@ -57,7 +57,7 @@ def judge(file: Path, source: Source, output: Path) -> dict[str, Any]:
         with output.open("a", encoding="utf-8") as lines:
             for said in source.answers(prompts, wanted, sampling):
                 name, score = missing[said.problem], score_of(said.text)
-                lines.write(json.dumps({"id": name, "score": score, "said": said.text}) + "\n")
+                lines.write(json.dumps({"id": name, "score": score, "said": said.trouble or said.text}) + "\n")
                 lines.flush()
                 judged[name] = score
     return summary_of({one: judged[one] for one in of})

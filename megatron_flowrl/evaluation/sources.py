@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from megatron_flowrl.config import Config, UserError
 from megatron_flowrl.data.tokenizer import Tokenizer
 from megatron_flowrl.observe.log import logger
-from megatron_flowrl.rollout.errors import BadReply, ReplyError, Unreachable
+from megatron_flowrl.rollout.errors import BadReply, Refused, ReplyError
 from megatron_flowrl.rollout.fleet import Fleet
 from megatron_flowrl.rollout.generation import Job, Sampling
 from megatron_flowrl.rollout.http import HttpLoop
@@ -21,6 +21,7 @@ from megatron_flowrl.rollout.serve import make_servers
 
 _AHEAD = 8  # requests beyond what a server works on at once, so that it never waits for one
 _PAUSE_SECONDS = 0.5
+_BUSY = "HTTP status 429"  # of the refusals the one that is worth another attempt
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,17 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Written:
-    """An answer: its text, its length in tokens, and why it ended (`stop` or `length`)."""
+    """An answer: its text, its length in tokens, and why it ended (`stop` or `length`).
+
+    `trouble`: why there is none, where a server refused to give one.
+    """
 
     problem: int
     sample: int
     text: str
     tokens: int
     finish_reason: str
+    trouble: str | None = None
 
 
 class Source(Protocol):
@@ -166,7 +171,9 @@ class ChatServer:
             try:
                 reply = await self._http.post(self._url, body, timeout=self._settings.request_timeout_seconds)
                 return _read_chat(reply, asked, self._url)
-            except (Unreachable, BadReply) as error:
+            except ReplyError as error:
+                if isinstance(error, Refused) and _BUSY not in str(error):
+                    return Written(asked.problem, asked.sample, "", 0, "stop", f"refused: {error}")
                 if attempt == self._settings.max_retries:
                     raise UserError(
                         f"{error}, in {attempt + 1} attempts (generation.max_retries = {self._settings.max_retries}); "
@@ -195,4 +202,4 @@ def _read_chat(reply: Any, asked: Wanted, url: str) -> Written:
     return Written(asked.problem, asked.sample, text, length, "length" if reason == "length" else "stop")
 
 
-__all__ = ["ChatServer", "OwnServers", "ReplyError", "Source", "Wanted", "Written"]
+__all__ = ["ChatServer", "OwnServers", "Source", "Wanted", "Written"]

@@ -20,6 +20,7 @@ class Chat:
         self.keys: list[str | None] = []
         self.fail_from: int | None = None
         self.says: list[str] = []  # instead, one after another
+        self.statuses: list[int] = []  # of the first replies
         self._times = Counter[str]()
         self._lock = threading.Lock()
 
@@ -28,6 +29,8 @@ class Chat:
             self.asked.append(body)
             if self.fail_from is not None and len(self.asked) > self.fail_from:
                 return 500, {"error": "broken"}
+            if self.statuses:
+                return self.statuses.pop(0), {"error": "no"}
             if self.says:
                 return 200, {"choices": [{"message": {"content": self.says.pop(0)}, "finish_reason": "stop"}]}
             prompt = body["messages"][0]["content"]

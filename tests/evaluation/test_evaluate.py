@@ -28,7 +28,8 @@ def rows_file(folder: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
 def run(url: str, folder: Path, *more: str) -> dict[str, Any]:
     data = f"math500={rows_file(folder)}"
     given = ["--data", data, "--server", url, "--served-model", "m", "--output", str(folder / "out"), *more]
-    main(["evaluate", "math500", *given, "reward.workers=1", "generation.max_retries=0"])
+    retries = [] if any("max_retries" in text for text in more) else ["generation.max_retries=0"]
+    main(["evaluate", "math500", *given, "reward.workers=1", *retries])
     summary: dict[str, Any] = json.loads((folder / "out" / "summary.json").read_text())
     return summary
 
@@ -73,7 +74,39 @@ def test_what_was_cut_off_goes_on(chat: tuple[Chat, str], tmp_path: Path, capsys
     assert len(behind.asked) == asked  # all is there
     with pytest.raises(SystemExit):
         run(url, tmp_path, "--n", "5")
-    assert "has answers with another n (n = 4); give another --output" in capsys.readouterr().err
+    assert "has answers of another evaluation (n = 4); give another --output" in capsys.readouterr().err
+    rows_file(tmp_path, [{**ROWS[0], "problem": "1 + 2"}, ROWS[1]])
+    with pytest.raises(SystemExit):
+        where = ["--data", f"math500={tmp_path / 'rows.jsonl'}", "--output", str(tmp_path / "out")]
+        main(["evaluate", "math500", *where, "--server", url, "--served-model", "m", "--n", "4"])
+    assert "has answers of another evaluation (other problems of math500)" in capsys.readouterr().err
+
+
+def test_what_a_server_refuses_is_counted_and_the_rest_goes_on(chat: tuple[Chat, str], tmp_path: Path) -> None:
+    behind, url = chat
+    behind.statuses = [400, 429]  # one refusal for good, and one that is worth another attempt
+    found = run(url, tmp_path, "--n", "2", "generation.max_retries=2")["benchmarks"]["math500"]
+    assert found["ungraded_share"] == 0.25 and len(behind.asked) == 5
+    lines = [json.loads(line) for line in (tmp_path / "out" / "math500.jsonl").read_text().splitlines()]
+    (refused,) = [line for line in lines if line["problem"] is not None]
+    assert "refused: " in refused["problem"] and "HTTP status 400" in refused["problem"] and refused["score"] == 0.0
+
+
+def test_a_rating_needs_contests_that_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    problem = {"problem": "add", "inputs": ["1"], "outputs": ["2"], "contest": "7", "index": "B"}
+    given = ["--server", "http://x", "--served-model", "m", "--output", str(tmp_path / "out")]
+    given += ["--contests", str(tmp_path)]
+
+    def refused(*rows: dict[str, Any]) -> str:
+        with pytest.raises(SystemExit):
+            main(["evaluate", "codeforces", "--data", f"codeforces={rows_file(tmp_path, [*rows])}", *given])
+        return capsys.readouterr().err
+
+    assert "7.json cannot be read" in refused(problem)
+    contest = {"problems": {"A": 500}, "standings": [{"rating": 1500, "points": 300}]}
+    (tmp_path / "7.json").write_text(json.dumps(contest))
+    assert "contest 7 has no problem 'B'" in refused(problem)
+    assert "has no contest and index" in refused(problem, {"problem": "x", "inputs": ["1"], "outputs": ["2"]})
 
 
 def test_a_key_is_sent(chat: tuple[Chat, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
