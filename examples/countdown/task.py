@@ -28,6 +28,7 @@ from itertools import combinations_with_replacement, pairwise, permutations
 from typing import Any
 
 from megatron_flowrl.rewards import countdown
+from megatron_flowrl.rewards.answer import final_answer
 from megatron_flowrl.rewards.grader import Grade, Item
 
 NUMBERS = range(1, 13)
@@ -154,7 +155,7 @@ def grade(items: Sequence[Item]) -> list[Grade]:
     """
     grades = []
     for item, one in zip(items, countdown.grade(items), strict=True):
-        writing = writing_of(countdown.final_expression(item.response).partition("=")[0])
+        writing = writing_of(final_answer(item.response).partition("=")[0])
         known = item.row.get("writings")
         key = writing if known is None or writing in known else None
         grades.append(replace(one, score=reward_of(key) if one.score and key else one.score, key=key))

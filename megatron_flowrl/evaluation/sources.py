@@ -13,13 +13,11 @@ from megatron_flowrl.config import Config, UserError
 from megatron_flowrl.data.tokenizer import Tokenizer
 from megatron_flowrl.observe.log import logger
 from megatron_flowrl.rollout.errors import BadReply, Refused, ReplyError
-from megatron_flowrl.rollout.fleet import Fleet
+from megatron_flowrl.rollout.fleet import make_fleet
 from megatron_flowrl.rollout.generation import Job, Sampling
 from megatron_flowrl.rollout.http import HttpLoop
-from megatron_flowrl.rollout.replica import Replica
 from megatron_flowrl.rollout.serve import make_servers
 
-_AHEAD = 8  # requests beyond what a server works on at once, so that it never waits for one
 _PAUSE_SECONDS = 0.5
 _BUSY = "HTTP status 429"  # of the refusals the one that is worth another attempt
 
@@ -62,26 +60,9 @@ class OwnServers:
         self, config: Config, model: Path, logs: Path, tokenizer: Tokenizer, stop_token_ids: tuple[int, ...], chat: bool
     ) -> None:
         self._tokenizer, self._stop, self._chat = tokenizer, stop_token_ids, chat
-        rollout, generation = config.rollout, config.generation
-        targets = generation.urls or make_servers(config, model, logs)
+        targets = config.generation.urls or make_servers(config, model, logs)
         self._http = HttpLoop()
-        replicas = [
-            Replica(
-                self._http,
-                target,
-                window=rollout.max_num_seqs + _AHEAD,
-                control_timeout=rollout.transfer_timeout_seconds,
-                start_timeout=rollout.start_timeout_seconds,
-            )
-            for target in targets
-        ]
-        self._fleet = Fleet(
-            self._http,
-            replicas,
-            request_timeout=generation.request_timeout_seconds,
-            max_retries=generation.max_retries,
-            max_restarts=rollout.max_restarts,
-        )
+        self._fleet = make_fleet(config, self._http, targets)
 
     def answers(self, prompts: Sequence[str], wanted: Sequence[Wanted], sampling: Sampling) -> Iterator[Written]:
         """As `Source` says."""

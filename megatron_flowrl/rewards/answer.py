@@ -29,6 +29,15 @@ def last_line(text: str) -> str:
     return text.strip().rpartition("\n")[2].strip()
 
 
+def final_answer(response: str) -> str:
+    """The line after the last `Answer:`, else what the last <answer> has, else the last line."""
+    marked = marked_answer(response)
+    if marked is not None:
+        return first_line(marked)
+    tagged = tagged_answer(response)
+    return last_line(response) if tagged is None else tagged
+
+
 def boxed_answer(response: str) -> str | None:
     """What stands between the braces of the last `\\boxed{..}`; None where there is none that is closed."""
     opening = "\\boxed{"

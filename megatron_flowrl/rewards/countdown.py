@@ -19,7 +19,7 @@ from functools import lru_cache
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from megatron_flowrl.rewards.answer import first_line, last_line, marked_answer, tagged_answer
+from megatron_flowrl.rewards.answer import final_answer
 from megatron_flowrl.rewards.expression import (
     MOST_NUMBERS,
     Expression,
@@ -56,15 +56,6 @@ def check_ground_truth(ground_truth: Any, row: Mapping[str, Any] | None = None) 
     except ValueError as error:
         return str(error)
     return None
-
-
-def final_expression(response: str) -> str:
-    """The text that is read as the answer, as the module says."""
-    marked = marked_answer(response)
-    if marked is not None:
-        return first_line(marked)
-    tagged = tagged_answer(response)
-    return last_line(response) if tagged is None else tagged
 
 
 def enumerate_solutions(numbers: Sequence[int], target: int) -> frozenset[str]:
@@ -136,7 +127,7 @@ def _splits(numbers: tuple[int, ...]) -> frozenset[tuple[tuple[int, ...], tuple[
 
 def _grade(item: Item) -> Grade:
     numbers, target = _problem_of(item.ground_truth, item.row)
-    text, equals, said = final_expression(item.response).partition("=")
+    text, equals, said = final_answer(item.response).partition("=")
     try:
         expression, used = parse_expression(text)
     except NotAnExpression:
@@ -190,7 +181,6 @@ __all__ = [
     "check_ground_truth",
     "count_solutions",
     "enumerate_solutions",
-    "final_expression",
     "grade",
     "make",
 ]

@@ -19,7 +19,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from megatron_flowrl.config.errors import UserError
-from megatron_flowrl.rewards.answer import boxed_answer, first_line, last_line, marked_answer, tagged_answer
+from megatron_flowrl.rewards.answer import boxed_answer, final_answer
 from megatron_flowrl.rewards.grader import Grade, Grader, Item, shown
 
 if TYPE_CHECKING:
@@ -99,15 +99,6 @@ def by_text(found: Callable[[Item], str | None], normalized: Callable[[str], str
     return grade
 
 
-def final_answer(response: str) -> str:
-    """The text that `exact` reads as the answer."""
-    marked = marked_answer(response)
-    if marked is not None:
-        return first_line(marked)
-    tagged = tagged_answer(response)
-    return last_line(response) if tagged is None else tagged
-
-
 def plain(text: str) -> str:
     """Without spaces and a full stop that do not count."""
     return " ".join(text.split()).removesuffix(".").rstrip()
@@ -133,7 +124,6 @@ __all__ = [
     "check_choice",
     "check_ground_truth",
     "compiled",
-    "final_answer",
     "make_choice",
     "make_exact",
     "make_regex",

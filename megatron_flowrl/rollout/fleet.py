@@ -22,14 +22,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from megatron_flowrl.config import UserError
+from megatron_flowrl.config import Config, UserError
 from megatron_flowrl.observe.log import logger
 from megatron_flowrl.rollout.control import ServerControl, on_each
 from megatron_flowrl.rollout.errors import BadReply, Refused, ReplyError, ServerError, Unreachable
 from megatron_flowrl.rollout.generation import ROUTE, Answer, Job
 from megatron_flowrl.rollout.http import HttpLoop
 from megatron_flowrl.rollout.replica import Replica, State
+from megatron_flowrl.rollout.server import VllmServer
 
+_AHEAD = 8  # requests beyond what a server works on at once, so that it never waits for one
 _WATCH_SECONDS = 2.0
 _STRIKES = 3  # looks in a row that find a server not well, before a silent one is given up
 _WATCHED = (State.READY, State.STALE, State.PAUSED)
@@ -454,3 +456,25 @@ def _name(job: Job) -> str:
 
 def _about(job: Job, error: ReplyError) -> UserError:
     return ServerError(f"{_name(job)}: {error}")
+
+
+def make_fleet(config: Config, http: HttpLoop, targets: Sequence[VllmServer | str]) -> Fleet:
+    """A fleet of servers of ours, and addresses of others', as rollout and generation say; not started yet."""
+    rollout, generation = config.rollout, config.generation
+    replicas = [
+        Replica(
+            http,
+            target,
+            window=rollout.max_num_seqs + _AHEAD,
+            control_timeout=rollout.transfer_timeout_seconds,
+            start_timeout=rollout.start_timeout_seconds,
+        )
+        for target in targets
+    ]
+    return Fleet(
+        http,
+        replicas,
+        request_timeout=generation.request_timeout_seconds,
+        max_retries=generation.max_retries,
+        max_restarts=rollout.max_restarts,
+    )

@@ -26,10 +26,9 @@ from megatron_flowrl.model.build import ParallelModel
 from megatron_flowrl.observe.log import logger
 from megatron_flowrl.platform.distributed import World, together
 from megatron_flowrl.rollout.control import ServerControl
-from megatron_flowrl.rollout.fleet import Fleet, Generation
+from megatron_flowrl.rollout.fleet import Fleet, Generation, make_fleet
 from megatron_flowrl.rollout.generation import Answer, Job, Sampling
 from megatron_flowrl.rollout.http import HttpLoop
-from megatron_flowrl.rollout.replica import Replica
 from megatron_flowrl.rollout.serve import make_servers, transfer_backend
 from megatron_flowrl.rollout.server import visible_gpus
 from megatron_flowrl.rollout.transfer.base import TransferTimes, Troubles
@@ -37,7 +36,6 @@ from megatron_flowrl.rollout.transfer.select import make_transfer
 
 _SAY_SECONDS = 20.0  # rank 0 says something at least so often
 _SILENCE_SECONDS = 1800.0  # what the others stand of it, beside the time limits of the settings
-_AHEAD = 8  # requests beyond what a server works on at once, so that it never waits for one
 
 
 class _Next(Enum):
@@ -88,7 +86,8 @@ class Sampler:
             backend = transfer_backend(config)
             if world.rank == 0:
                 self._http = HttpLoop()
-                self._fleet = _make_fleet(config, self._http, companions, logs)
+                targets = config.generation.urls or make_servers(config, companions, logs, random_weights=True)
+                self._fleet = make_fleet(config, self._http, targets)
         stream = WeightStream(model, dtype=getattr(torch, rollout.dtype))
         try:
             self._transfer = make_transfer(backend, config, stream, companions)
@@ -284,28 +283,6 @@ class Sampler:
         heard: list[Any] = [None, None]
         dist.broadcast_object_list(heard, src=0, group=self._group)
         return heard[0], heard[1]
-
-
-def _make_fleet(config: Config, http: HttpLoop, companions: Path, logs: Path) -> Fleet:
-    rollout, generation = config.rollout, config.generation
-    targets = generation.urls or make_servers(config, companions, logs, random_weights=True)
-    replicas = [
-        Replica(
-            http,
-            target,
-            window=rollout.max_num_seqs + _AHEAD,
-            control_timeout=rollout.transfer_timeout_seconds,
-            start_timeout=rollout.start_timeout_seconds,
-        )
-        for target in targets
-    ]
-    return Fleet(
-        http,
-        replicas,
-        request_timeout=generation.request_timeout_seconds,
-        max_retries=generation.max_retries,
-        max_restarts=rollout.max_restarts,
-    )
 
 
 def _without(servers: Sequence[ServerControl], troubles: Troubles) -> list[ServerControl]:

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_flowrl.config import RewardConfig
-from megatron_flowrl.rewards.countdown import count_solutions, enumerate_solutions, final_expression
+from megatron_flowrl.rewards.answer import final_answer
+from megatron_flowrl.rewards.countdown import count_solutions, enumerate_solutions
 from megatron_flowrl.rewards.expression import NotAnExpression, parse_expression
 from megatron_flowrl.rewards.find import check_ground_truth, make_grader
 from megatron_flowrl.rewards.grader import Grade, Item
@@ -43,7 +44,7 @@ def grade(response: str, ground_truth: Any = TRUTH, row: dict[str, Any] | None =
     ],
 )
 def test_where_the_answer_is(response: str, text: str) -> None:
-    assert final_expression(response) == text
+    assert final_answer(response) == text
 
 
 @pytest.mark.parametrize(
