@@ -83,8 +83,10 @@ class CodeConfig:
     """Processes and threads of a program."""
 
     readable: Annotated[tuple[str, ...], Strict(False)] = ()
-    """Absolute paths that programs may read beside Python's standard library, such as a folder of packages, which is
-    then imported from."""
+    """Absolute paths of folders that programs may read, and import from, beside Python's standard library."""
+
+    packages: Annotated[tuple[str, ...], Strict(False)] = ()
+    """Packages of this environment that programs and tests may import, such as numpy."""
 
     unprotected: bool = False
     """Run programs where the machine has no namespaces to hold them: they can then reach its network, end its

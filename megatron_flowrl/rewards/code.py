@@ -15,13 +15,13 @@ that are.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_flowrl.config.errors import UserError
 from megatron_flowrl.rewards.grader import Grade, Grader, Item, shown
+from megatron_flowrl.rewards.sandbox.library import library_of
 from megatron_flowrl.rewards.sandbox.run import Limits
 from megatron_flowrl.rewards.sandbox.server import by_server
 from megatron_flowrl.rewards.sandbox.tests import Verdict, by_calls, by_output
@@ -37,7 +37,7 @@ _PYTHON = ("", "python", "py", "python3")
 def make(settings: RewardConfig) -> Grader:
     """The grader.
 
-    Raises UserError where a readable path is none, or programs cannot be run safely and nobody said that they may.
+    Raises UserError where a folder or package is none, or programs cannot be run safely and nobody said that they may.
     """
     code = settings.code
     limits = Limits(
@@ -51,9 +51,10 @@ def make(settings: RewardConfig) -> Grader:
             f"reward.timeout_seconds = {settings.timeout_seconds:g} is for all tests of an answer, and "
             f"reward.code.wall_seconds = {code.wall_seconds:g} for one of them: raise the former, or lower the latter"
         )
-    for path in code.readable:
-        if not os.path.isabs(path) or not os.path.isdir(path):
-            raise UserError(f"reward.code.readable has {path!r}, which is no folder's absolute path")
+    try:
+        library = library_of(code.readable, code.packages)
+    except ValueError as error:
+        raise UserError(f"reward.code.readable or reward.code.packages: {error}") from error
     namespaces = code.server is None and checked_walls(code.unprotected).namespaces
 
     def grade(items: Sequence[Item]) -> list[Grade]:
@@ -72,12 +73,12 @@ def make(settings: RewardConfig) -> Grader:
                 tests,
                 limits,
                 namespaces=namespaces,
-                readable=code.readable,
+                library=library,
                 to_the_end=code.score == "fraction",
             )
         given: dict[str, Any] = {name: problem[name] for name in ("calls", "prompt", "test") if name in problem}
         entry = problem["entry_point"]
-        return by_calls(program, given, entry, limits, namespaces=namespaces, readable=code.readable)
+        return by_calls(program, given, entry, limits, namespaces=namespaces, library=library)
 
     return grade
 

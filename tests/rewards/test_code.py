@@ -95,8 +95,30 @@ def test_a_folder_of_packages_can_be_read(tmp_path: Path) -> None:
         == score(program, OUTPUT, readable=(str(tmp_path / "link"),))
         == 1.0
     )
-    with pytest.raises(UserError, match=r"reward\.code\.readable has 'lib', which is no folder's absolute path"):
+    with pytest.raises(UserError, match=r"reward\.code\.readable .*: 'lib' is no folder's absolute path"):
         score(program, OUTPUT, readable=("lib",))
+
+
+def test_packages_of_this_environment_and_nothing_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one_package", "another_package"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("three = 3")
+    tmp_path.chmod(0o755)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    program = "import NAME\nprint(NAME.three if input() == '1 2' else 10)"
+    one, another = (program.replace("NAME", name) for name in ("one_package", "another_package"))
+    assert score(one, OUTPUT) == 0.0
+    assert score(one, OUTPUT, packages=("one_package",)) == 1.0
+    assert score(another, OUTPUT, packages=("one_package",)) == 0.0
+    with pytest.raises(UserError, match=r"reward\.code\.packages: 'nonesuch' is no package of this environment"):
+        score(one, OUTPUT, packages=("nonesuch",))
+
+
+def test_a_test_that_needs_numpy() -> None:
+    test = "import numpy\ndef check(candidate):\n    assert numpy.allclose(candidate(1, 2), 3)\n"
+    truth = {"entry_point": "add", "prompt": CHECK["prompt"], "test": test}
+    assert score("def add(a, b):\n    return a + b", truth, packages=("numpy",)) == 1.0
+    assert score("def add(a, b):\n    return a - b", truth, packages=("numpy",)) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,9 @@ class Order:
     readable: Sequence[str] = ()
     """Paths that the command may read, beside the system's libraries."""
 
+    importable: Sequence[str] = ()
+    """Folders that it may list, and where namespaces make none of their own, read: Python looks for modules there."""
+
     namespaces: bool = True
     cpu_seconds: float = 10.0
     wall_seconds: float = 20.0
@@ -231,7 +234,8 @@ def _confine(order: Order, work: str, as_nobody: bool) -> None:
         _, hard = resource.getrlimit(limit)
         most = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (most, most))
-    readable = [path for path in (*_SYSTEM, *order.readable, *_DEVICES, "/proc") if os.path.exists(path)]
+    seen = (*_SYSTEM, *order.readable, *order.importable, *_DEVICES, "/proc")
+    readable = [path for path in seen if os.path.exists(path)]
     if order.namespaces:
         linux.drop_bounding_set()
     if as_nobody:

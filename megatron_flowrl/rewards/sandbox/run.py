@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import IO, Self
 
 from megatron_flowrl.rewards.sandbox.jail import Order
+from megatron_flowrl.rewards.sandbox.library import Library
 
 _PACKAGES = str(Path(__file__).parents[3])
 _MAIN = (
@@ -29,6 +30,7 @@ _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTE
 _CHUNK = 2**16
 _LATE_SECONDS = 5.0  # after its time limit a jail that has not ended by itself is ended
 PYTHON = os.path.realpath(sys.executable)
+_NOTHING = Library()
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Jail:
         limits: Limits,
         *,
         namespaces: bool,
-        readable: Sequence[str] = (),
+        library: Library = _NOTHING,
     ) -> None:
         """Starts at once. `files` are written where the command starts. Raises JailBroken or OSError."""
         self.limits, self._began = limits, time.monotonic()
@@ -99,13 +101,14 @@ class Jail:
             command=list(command),
             files=dict(files),
             folder=self._folder,
-            readable=[*dict.fromkeys((sys.base_prefix, *readable))],  # the links among them are followed inside
+            readable=[*dict.fromkeys((sys.base_prefix, *library.folders))],  # links among them are followed inside
+            importable=library.paths,
             namespaces=namespaces,
             environment={
                 **_ENVIRONMENT,
                 "HOME": "/tmp",
                 "TMPDIR": "/tmp" if namespaces else self._folder,
-                **({"PYTHONPATH": os.pathsep.join(readable)} if readable else {}),
+                **({"PYTHONPATH": os.pathsep.join(library.paths)} if library.paths else {}),
             },
             **shared,
         )

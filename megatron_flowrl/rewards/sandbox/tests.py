@@ -13,6 +13,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
+from megatron_flowrl.rewards.sandbox.library import Library
 from megatron_flowrl.rewards.sandbox.plain import encode, same_value
 from megatron_flowrl.rewards.sandbox.run import PYTHON, Jail, JailBroken, Limits
 
@@ -20,6 +21,7 @@ HERE = Path(__file__).parent
 _INSIDE = {"inside.py": "inside.py", "plain.py": "plain.py"}
 _LONGEST_LINE = 2**24
 _CHUNK = 2**16
+_NOTHING = Library()
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def by_output(
     limits: Limits,
     *,
     namespaces: bool,
-    readable: Sequence[str] = (),
+    library: Library = _NOTHING,
     to_the_end: bool = True,
 ) -> Verdict:
     """Run the program on each (input, output), each time anew; without `to_the_end`, to the first that fails.
@@ -49,9 +51,7 @@ def by_output(
     """
     passed, why = 0, ""
     for number, (given, expected) in enumerate(tests):
-        with Jail(
-            _python("answer.py"), {"answer.py": program}, limits, namespaces=namespaces, readable=readable
-        ) as jail:
+        with Jail(_python("answer.py"), {"answer.py": program}, limits, namespaces=namespaces, library=library) as jail:
             outcome = jail.run(given.encode("utf-8", "surrogatepass"))
         problem = outcome.reason
         if not problem and outcome.code != 0:
@@ -73,7 +73,7 @@ def by_calls(
     limits: Limits,
     *,
     namespaces: bool,
-    readable: Sequence[str] = (),
+    library: Library = _NOTHING,
 ) -> Verdict:
     """Call `entry` of the program, `f` or `Class.f`, from a test in a jail of its own. Raises JailBroken.
 
@@ -89,14 +89,14 @@ def by_calls(
             {**inside, "answer.py": program},
             limits,
             namespaces=namespaces,
-            readable=readable,
+            library=library,
         ) as answer,
         Jail(
             _python("inside.py", "test", entry),
             of_test,
             replace(limits, wall_seconds=limits.wall_seconds + 2),
             namespaces=namespaces,
-            readable=readable,
+            library=library,
         ) as test,
     ):
         deadline = time.monotonic() + limits.wall_seconds + 1
