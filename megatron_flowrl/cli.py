@@ -78,6 +78,7 @@ _EVALUATE = """Answers to a benchmark's problems, graded: Avg@n, pass@k, maj@n, 
   megatron-flowrl evaluate math500 --data math500=math500.jsonl --model Qwen2.5-7B --output out
   megatron-flowrl evaluate aime24 humaneval --model runs/math/checkpoints --output out rollout.servers=8
   megatron-flowrl evaluate gsm8k --server http://127.0.0.1:8000 --served-model name --output out
+  megatron-flowrl evaluate own.jsonl --model Qwen2.5-7B --output out reward.grader=choice
 
 Benchmarks: aime24, aime25, amc23, math500, minerva, olympiadbench, gsm8k, humaneval, humaneval+, livecodebench,
 codeforces; without --data from the Hugging Face hub (pip install -e '.[hub]'). Rows of a file: {"problem", "answer"};
@@ -85,6 +86,7 @@ the other forms are in megatron_flowrl/evaluation/benchmarks.py. The same comman
 
   NAME.jsonl     a line an answer: its text, grade, length
   summary.json   the numbers; settings.json: of what
+  quality.png    Avg@n and pass@k; diversity.png
 """
 _JUDGE = """How different the answers to a problem are, 1 to 5, by a model's judgement, as in the FlowRL paper.
 
@@ -92,6 +94,12 @@ _JUDGE = """How different the answers to a problem are, 1 to 5, by a model's jud
 
 FILE is one that `evaluate` writes. What the judge says goes to FILE with .judged before its ending; the same command
 goes on from there, and asks again where there was no score.
+"""
+_COMPARE = """Evaluations beside one another: a table in Markdown, quality.png and diversity.png.
+
+  megatron-flowrl compare out/flowrl out/grpo --output out
+
+What `judge` has said of an evaluation's answers is among its numbers.
 """
 _JUDGE_SECTIONS = ("rollout", "generation", "logging")
 _EVALUATE_SECTIONS = (
@@ -285,6 +293,9 @@ def _evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument("--top-p", type=float, default=0.95, help="default: 0.95")
     parser.add_argument("--max-tokens", type=int, default=8192, help="longest answer (default: 8192)")
     parser.add_argument("--limit", type=int, help="problems of each benchmark, from the first")
+    parser.add_argument("--since", metavar="DATE", help="problems from 2024-08-01 on, where they have a date")
+    parser.add_argument("--until", metavar="DATE", help="problems before this date")
+    parser.add_argument("--template", metavar="TEXT", help="around {problem}, for a file that is no benchmark")
     parser.add_argument("--contests", metavar="DIR", help="standings, for the CodeForces rating")
     given = parser.parse_intermixed_args(arguments)
     benchmarks, given.overrides = (
@@ -294,6 +305,21 @@ def _evaluate(arguments: Sequence[str]) -> None:
     from megatron_flowrl.evaluation.command import evaluate_command
 
     evaluate_command(config, world, given, benchmarks)
+
+
+def _compare(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="megatron-flowrl compare",
+        description=_COMPARE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("evaluations", nargs="+", metavar="DIR", help="an --output of evaluate")
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder of the pictures")
+    given = parser.parse_args(arguments)
+    from megatron_flowrl.evaluation.compare import compare
+
+    print(compare([Path(folder) for folder in given.evaluations], Path(given.output)))
 
 
 def _convert(arguments: Sequence[str]) -> None:
@@ -400,4 +426,5 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "serve": _serve,
     "evaluate": _evaluate,
     "judge": _judge,
+    "compare": _compare,
 }

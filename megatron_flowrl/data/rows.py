@@ -152,7 +152,8 @@ def _hub(name: str, split: str) -> Iterator[tuple[str, Raw]]:
             "package datasets: pip install -e '.[hub]'"
         ) from error
     try:
-        found = datasets.load_dataset(name, split=split)
+        owner_and_name, _, configuration = name.partition(":")
+        found = datasets.load_dataset(owner_and_name, configuration or None, split=split)
     except Exception as error:  # of the network, the hub, the data set or its format: all about this name
         reason = str(error).strip().split("\n", 1)[0]
         raise UserError(

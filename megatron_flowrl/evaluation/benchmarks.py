@@ -1,46 +1,62 @@
 """The benchmarks by name, and problems from files.
 
-A file is JSONL or Parquet, a row a problem, in one of these forms (other columns do no harm; `id` may be left out):
+A file is JSONL or Parquet, a row a problem, in one of these forms (other columns do no harm; `id` may be left out), or
+as the data sets of the hub have it (`published.py`):
 
     {"problem": text, "answer": text}                                     mathematics; also "question", "prompt"
     {"prompt": code, "entry_point": name, "test": code}                   as HumanEval; also "tests"
     {"problem": text, "inputs": [text, ..], "outputs": [text, ..]}        programs that read and write
     {"problem": text, "entry_point": name, "calls": [{"args", "expected"}, ..]}
 
-For CodeForces' rating also {"contest": name, "index": "A"}: which contest's file the problem is in, and where.
+`date`, as 2024-08-01, is what --since and --until go by. For CodeForces' rating also {"contest": name, "index": "A"}:
+which contest's file the problem is in, and where.
+
+A benchmark may also be a file of one's own: its rows are graded by reward.grader and asked as they are, or with
+--template.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_flowrl.config import UserError
-from megatron_flowrl.data.rows import BadRow, Row, read_rows, rows_of, short
+from megatron_flowrl.data.rows import BadRow, Row, read_rows, rows_of
+from megatron_flowrl.evaluation.published import LeftOut, codeforces, livecodebench, mathematics
+from megatron_flowrl.observe.log import logger
 from megatron_flowrl.rewards.find import check_ground_truth
 
-MATH = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
-PROGRAM = (
-    "{problem}\n\nWrite a Python program that reads from standard input and writes to standard output. Reason first; "
-    "put the whole program in one block that begins with ```python at the end."
-)
+MATH = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+_BLOCK = "Reason first; put the whole program in one block that begins with ```python at the end."
+PROGRAM = "{problem}\n\nWrite a Python program that reads from standard input and writes to standard output. " + _BLOCK
+CALLED = "{problem}\n\nWrite it in Python, with the names that are given and the imports that it needs. " + _BLOCK
 FUNCTION = (
-    "Complete the Python function below. Reason first; put the whole function, with the imports that it needs, in one "
-    "block that begins with ```python at the end.\n\n```python\n{problem}\n```"
+    "Complete the Python function below, with the imports that it needs. " + _BLOCK + "\n\n```python\n{problem}\n```"
 )
 _TEXT_COLUMNS = ("problem", "question", "prompt")
+_FILES = (".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How a benchmark is asked and graded. `hub`, `split`: the data set of the Hugging Face hub that stands for it."""
+    """How a benchmark is asked and graded."""
 
     name: str
     grader: str
-    template: str
+
+    template: str | None = None
+    """Text around {problem}; None: by the kind of a program's tests."""
+
     hub: str | None = None
+    """The data set of the Hugging Face hub that stands for it, as owner/name, or owner/name:configuration."""
+
     split: str = "test"
+    form: Callable[[Row], Row] = mathematics
+    packages: tuple[str, ...] = ()
+    """Packages that its tests import."""
 
 
 BENCHMARKS: Mapping[str, Benchmark] = {
@@ -52,11 +68,11 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         Benchmark("math500", "math", MATH, "HuggingFaceH4/MATH-500"),
         Benchmark("minerva", "math", MATH, "math-ai/minervamath"),
         Benchmark("olympiadbench", "math", MATH, "math-ai/olympiadbench"),
-        Benchmark("gsm8k", "math", MATH),
-        Benchmark("humaneval", "code", FUNCTION, "openai/openai_humaneval"),
-        Benchmark("humaneval+", "code", FUNCTION, "evalplus/humanevalplus"),
-        Benchmark("livecodebench", "code", PROGRAM),
-        Benchmark("codeforces", "code", PROGRAM),
+        Benchmark("gsm8k", "math", MATH, "openai/gsm8k:main"),
+        Benchmark("humaneval", "code", None, "openai/openai_humaneval", form=dict),
+        Benchmark("humaneval+", "code", None, "evalplus/humanevalplus", form=dict, packages=("numpy",)),
+        Benchmark("livecodebench", "code", None, "lighteval/code_generation_lite:release_v5", form=livecodebench),
+        Benchmark("codeforces", "code", None, "open-r1/codeforces", form=codeforces),
     )
 }
 MATH_SIX = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiadbench")
@@ -73,33 +89,86 @@ class Problem:
     row: Row
 
 
+@dataclass(frozen=True)
+class Part:
+    """Which of a benchmark's problems are wanted."""
+
+    limit: int | None = None
+    """So many rows, from the first."""
+
+    since: str | None = None
+    until: str | None = None
+    """Dates, as 2024-08-01: from the first, and before the second."""
+
+    def has(self, date: str) -> bool:
+        """Whether a problem of this date is."""
+        return (self.since is None or date[:10] >= self.since) and (self.until is None or date[:10] < self.until)
+
+
+WHOLE = Part()
+
+
 def benchmark_of(name: str) -> Benchmark:
     """Raises UserError for a name that is none."""
     if name not in BENCHMARKS:
-        raise UserError(f"{name!r} is no benchmark; there are {', '.join(BENCHMARKS)}")
+        raise UserError(f"{name!r} is no benchmark, and no file; there are {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
 
 
-def read_problems(benchmark: Benchmark, path: str | None, limit: int | None = None) -> list[Problem]:
-    """From a file, or the hub. Raises UserError naming every bad row, or where there is no data to be had."""
+def own_benchmark(file: str, grader: str, template: str | None) -> Benchmark:
+    """A file of the user's as a benchmark. Raises UserError for a template that is none."""
+    if template is not None and "{problem}" not in template:
+        raise UserError(f"--template {template!r} has no {{problem}}, which is where a problem goes")
+    if template is None and grader != "code":
+        template = "{problem}"
+    return Benchmark(Path(file).stem, grader, template, file, form=dict if grader == "code" else mathematics)
+
+
+def is_file(name: str) -> bool:
+    """Whether what is to be evaluated is named as a file, and not as a benchmark."""
+    return name not in BENCHMARKS and (name.endswith(_FILES) or "/" in name)
+
+
+def read_problems(benchmark: Benchmark, path: str | None = None, part: Part = WHOLE) -> list[Problem]:
+    """From a file, or the hub. Problems that cannot be graded here are left out, and counted in the log.
+
+    Raises UserError naming every bad row, or where there is no data to be had.
+    """
     source = path or benchmark.hub
-    if source is None:
-        raise UserError(
-            f"{benchmark.name} has no data set on the hub that can be read as it is: give a file with --data "
-            f"{benchmark.name}=FILE; evaluation/benchmarks.py says what its rows are"
-        )
+    assert source is not None
+    left_out: Counter[str] = Counter()
     numbers = iter(range(2**62))
 
-    def read(row: Row, place: str) -> Problem:
+    def read(row: Row, _: str) -> Problem | None:
         number = next(numbers)
+        try:
+            row = benchmark.form(row)
+        except LeftOut as reason:
+            left_out[str(reason)] += 1
+            return None
+        if part.since is not None or part.until is not None:
+            date = row.get("date")
+            if not isinstance(date, str):
+                raise BadRow("there is no column date (or contest_date), by which --since and --until go")
+            if not part.has(date):
+                left_out["it is of another time"] += 1
+                return None
         truth = _ground_truth(benchmark, row)
-        trouble = check_ground_truth(benchmark.grader, truth)
+        trouble = check_ground_truth(benchmark.grader, truth, row)
         if trouble is not None:
             raise BadRow(trouble)
-        prompt = benchmark.template.format(problem=_text(row))
-        return Problem(str(row.get("id", row.get("task_id", number))), prompt, truth, row)
+        template = benchmark.template or _template_of(truth)
+        prompt = template.replace("{problem}", _text(row))
+        tests = truth if benchmark.grader == "code" else ()  # which may be long, and go to the graders once
+        rest = {name: value for name, value in row.items() if name not in tests}
+        return Problem(str(row.get("id", row.get("task_id", number))), prompt, truth, rest)
 
-    found = read_rows(rows_of(source, benchmark.split), read, f"{benchmark.name}: {source!r} has no rows", limit)
+    rows = read_rows(rows_of(source, benchmark.split), read, f"{benchmark.name}: {source!r} has no rows", part.limit)
+    found = [problem for problem in rows if problem is not None]
+    for reason, count in left_out.items():
+        logger.warning("%s: %d problems are left out: %s", benchmark.name, count, reason)
+    if not found:
+        raise UserError(f"{benchmark.name}: no problem of {source!r} is left; see what was left out above")
     ids = {problem.id for problem in found}
     if len(ids) != len(found):
         raise UserError(f"{benchmark.name}: {source!r} has rows with the same id; give each its own, or none any")
@@ -108,27 +177,38 @@ def read_problems(benchmark: Benchmark, path: str | None, limit: int | None = No
 
 def _text(row: Row) -> str:
     for column in _TEXT_COLUMNS:
-        if isinstance(row.get(column), str) and row[column].strip():
-            return str(row[column])
+        value = row.get(column)
+        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):  # a user's message
+            value = value[0].get("content")
+        if isinstance(value, str) and value.strip():
+            return value
     raise BadRow(f"there is no problem: one of the columns {', '.join(_TEXT_COLUMNS)} has to be text")
 
 
 def _ground_truth(benchmark: Benchmark, row: Row) -> Any:
-    if benchmark.grader == "code":
-        names = {"inputs": "inputs", "outputs": "outputs", "calls": "calls", "entry_point": "entry_point"}
-        names |= {"prompt": "prompt", "test": "test", "tests": "test"}
-        truth = {inside: row[name] for name, inside in names.items() if row.get(name) is not None}
-        if "test" not in truth:
-            truth.pop("prompt", None)
-        return truth
-    if "answer" not in row:
-        raise BadRow(f"there is no column answer; there are {short([*row])}")
-    answer = row["answer"]
-    if isinstance(answer, list) and len(answer) == 1:  # as some data sets of the hub have it
-        answer = answer[0]
-    if isinstance(answer, str) and "####" in answer:  # GSM8K's, behind its solution
-        answer = answer.rpartition("####")[2].strip().replace(",", "")
-    return answer
+    if benchmark.grader != "code":
+        return row["answer"]
+    names = {"inputs": "inputs", "outputs": "outputs", "calls": "calls", "entry_point": "entry_point"}
+    names |= {"prompt": "prompt", "test": "test", "tests": "test"}
+    truth = {inside: row[name] for name, inside in names.items() if row.get(name) is not None}
+    if "test" not in truth:
+        truth.pop("prompt", None)
+    return truth
 
 
-__all__ = ["BENCHMARKS", "MATH_SIX", "Benchmark", "Problem", "benchmark_of", "read_problems"]
+def _template_of(truth: Any) -> str:
+    return FUNCTION if "test" in truth else PROGRAM if "inputs" in truth else CALLED
+
+
+__all__ = [
+    "BENCHMARKS",
+    "MATH_SIX",
+    "WHOLE",
+    "Benchmark",
+    "Part",
+    "Problem",
+    "benchmark_of",
+    "is_file",
+    "own_benchmark",
+    "read_problems",
+]

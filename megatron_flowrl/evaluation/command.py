@@ -5,25 +5,31 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 from megatron_flowrl.checkpoint.companions import stop_token_ids
 from megatron_flowrl.checkpoint.locate import locate_model
 from megatron_flowrl.config import Config, UserError, check_config
 from megatron_flowrl.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_flowrl.evaluation.benchmarks import benchmark_of
-from megatron_flowrl.evaluation.evaluate import SUMMARY, Plan, check_plan, claim, evaluate, reward_of, table
-from megatron_flowrl.evaluation.judge import judge
+from megatron_flowrl.evaluation.benchmarks import Part
+from megatron_flowrl.evaluation.compare import draw
+from megatron_flowrl.evaluation.evaluate import Plan, check_plan, claim, evaluate, reward_of
+from megatron_flowrl.evaluation.judge import judge, judged_file
+from megatron_flowrl.evaluation.results import SUMMARY, table
 from megatron_flowrl.evaluation.sources import ChatServer, OwnServers
 from megatron_flowrl.model.architecture import read_architecture
-from megatron_flowrl.observe.log import logger
+from megatron_flowrl.observe.log import configure_logging, logger
 from megatron_flowrl.platform.distributed import World
 from megatron_flowrl.rewards.find import make_grader
 from megatron_flowrl.rollout.server import check_vllm
 
 _LARGEST_SHARD = 5 * 10**9
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
 def evaluate_command(config: Config, world: World, given: argparse.Namespace, benchmarks: Sequence[str]) -> None:
@@ -31,13 +37,15 @@ def evaluate_command(config: Config, world: World, given: argparse.Namespace, be
     if world.size > 1:
         raise UserError("evaluate is one process, whatever its servers are: start it without torchrun")
     plan = _plan(config, given, benchmarks)
-    problems = check_plan(plan)
-    for name in problems:
-        make_grader(reward_of(config, benchmark_of(name)))
+    problems = check_plan(plan, config.reward.grader)
+    for benchmark in problems:
+        make_grader(reward_of(config, benchmark))
     output = Path(given.output)
     claim(output, plan, problems)
     with _source(config, world, given, plan, output) as source:
         summary = evaluate(config, plan, problems, source, output)
+    for picture in draw({plan.model: summary["benchmarks"]}, output):
+        logger.info("%s is a picture of them", picture)
     print(table(summary))
     logger.info("%s has all numbers", output / SUMMARY)
 
@@ -46,12 +54,12 @@ def judge_command(config: Config, given: argparse.Namespace) -> None:
     """Judge a file of answers, and print the numbers as JSON. Raises UserError."""
     file = Path(given.FILE)
     with _chat_server(config, given) as source:
-        print(json.dumps(judge(file, source, file.with_suffix(f".judged{file.suffix}")), indent=2))
+        print(json.dumps(judge(file, source, judged_file(file)), indent=2))
 
 
 def _plan(config: Config, given: argparse.Namespace, benchmarks: Sequence[str]) -> Plan:
     if not benchmarks:
-        raise UserError("name a benchmark, such as math500; evaluate --help has them")
+        raise UserError("name a benchmark, such as math500, or a file of problems; evaluate --help has them")
     if (given.server is None) == (not config.model.path):
         raise UserError("give either --model or --server")
     if given.server is not None and given.served_model is None:
@@ -72,6 +80,9 @@ def _plan(config: Config, given: argparse.Namespace, benchmarks: Sequence[str]) 
             value = getattr(given, option.removeprefix("--").replace("-", "_"))
             raise UserError(f"{option} {value} cannot be: numbers of things are 1 or more, 0 < top-p <= 1")
     model = given.served_model
+    for option, date in (("--since", given.since), ("--until", given.until)):
+        if date is not None and not _DATE.fullmatch(date):
+            raise UserError(f"{option} {date} is no date such as 2024-08-01")
     if given.server is None:
         folder = locate_model(config.model.path)  # a run's newest checkpoint, whatever is saved meanwhile
         model = str((folder.checkpoint or folder.hugging_face).absolute())
@@ -84,7 +95,8 @@ def _plan(config: Config, given: argparse.Namespace, benchmarks: Sequence[str]) 
         given.temperature,
         given.top_p,
         given.max_tokens,
-        given.limit,
+        Part(given.limit, given.since, given.until),
+        given.template,
         given.contests,
     )
 
@@ -124,14 +136,21 @@ def _chat_server(config: Config, given: argparse.Namespace) -> ChatServer:
 
 def _exported(config: Config, world: World, checkpoint: Path, output: Path) -> Path:
     """A checkpoint as a Hugging Face folder, which is what vLLM reads."""
-    from megatron_flowrl.checkpoint.convert import megatron_to_hugging_face
-
     folder = output / "hugging_face" / checkpoint.name
     if not folder.exists():
         check_config(config)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        megatron_to_hugging_face(config, world, folder, dtype=config.rollout.dtype, max_shard_bytes=_LARGEST_SHARD)
+        # In a process of its own, which gives back what memory of a device the weights took: the servers need it.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            process.submit(_export, config, world, folder).result()
     return folder
+
+
+def _export(config: Config, world: World, folder: Path) -> None:
+    from megatron_flowrl.checkpoint.convert import megatron_to_hugging_face
+
+    configure_logging(config.logging, world.rank)
+    megatron_to_hugging_face(config, world, folder, dtype=config.rollout.dtype, max_shard_bytes=_LARGEST_SHARD)
 
 
 def _has_chat(tokenizer: Tokenizer) -> bool:

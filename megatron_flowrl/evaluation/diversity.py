@@ -51,23 +51,33 @@ def self_bleu(texts: Sequence[str]) -> float:
     if len(texts) < 2:
         return math.nan
     tokens = [words(text) for text in texts]
-    counts = [[Counter(ngrams(one, n)) for n in range(1, _ORDER + 1)] for one in tokens]
-    return fmean(_bleu(index, tokens, counts) for index in range(len(texts)))
+    matches = [_matches([Counter(ngrams(one, n)) for one in tokens]) for n in range(1, _ORDER + 1)]
+    return fmean(_bleu(index, tokens, matches) for index in range(len(texts)))
 
 
-def _bleu(index: int, tokens: Sequence[Sequence[str]], counts: Sequence[Sequence[Counter[tuple[str, ...]]]]) -> float:
+def _matches(counts: Sequence[Counter[tuple[str, ...]]]) -> list[int]:
+    """Of each answer, how many n-grams are also in another, each as often as in the one that has it most often.
+
+    Two largest counts of an n-gram are enough: an answer that has the largest itself is matched with the second.
+    """
+    most: dict[tuple[str, ...], tuple[int, int, int]] = {}  # largest count, whose, second largest
+    for index, own in enumerate(counts):
+        for gram, count in own.items():
+            first, owner, second = most.get(gram, (0, -1, 0))
+            most[gram] = (count, index, first) if count > first else (first, owner, max(second, count))
+
+    def others(gram: tuple[str, ...], index: int) -> int:
+        first, owner, second = most[gram]
+        return second if owner == index else first
+
+    return [sum(min(count, others(gram, index)) for gram, count in own.items()) for index, own in enumerate(counts)]
+
+
+def _bleu(index: int, tokens: Sequence[Sequence[str]], matches: Sequence[Sequence[int]]) -> float:
     own = tokens[index]
     if not own:
         return float(any(not other for place, other in enumerate(tokens) if place != index))
-    logs = []
-    for n in range(min(_ORDER, len(own))):
-        most: Counter[tuple[str, ...]] = Counter()
-        for place, other in enumerate(counts):
-            if place != index:
-                most |= other[n]
-        total = sum(counts[index][n].values())
-        matches = sum((counts[index][n] & most).values())
-        logs.append(math.log((matches or 0.5) / total))
+    logs = [math.log((matches[n][index] or 0.5) / (len(own) - n)) for n in range(min(_ORDER, len(own)))]
     lengths = [len(other) for place, other in enumerate(tokens) if place != index]
     closest = min(lengths, key=lambda length: (abs(length - len(own)), length))
     brevity = min(0.0, 1.0 - closest / len(own))

@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_flowrl.config import UserError
 from megatron_flowrl.evaluation.estimates import bootstrap_interval
-from megatron_flowrl.evaluation.evaluate import GradedText, read_answers
+from megatron_flowrl.evaluation.results import GradedText, read_answers
 from megatron_flowrl.evaluation.sources import Source, Wanted
 from megatron_flowrl.observe.log import logger
 from megatron_flowrl.rollout.generation import Sampling
@@ -63,6 +63,16 @@ def judge(file: Path, source: Source, output: Path) -> dict[str, Any]:
     return summary_of({one: judged[one] for one in of})
 
 
+def judged_file(answers: Path) -> Path:
+    """Where what the judge said of these answers is kept."""
+    return answers.with_suffix(f".judged{answers.suffix}")
+
+
+def judged_numbers(file: Path) -> dict[str, Any]:
+    """Of what a judge has said so far, as `judge` returns them; its failures are in the file, too."""
+    return summary_of(_read(file, with_failures=True))
+
+
 def prompt_of(answers: Sequence[GradedText]) -> str:
     """What the judge is asked."""
     texts = "\n\n".join(f"=== Answer {number} ===\n{answer.response}" for number, answer in enumerate(answers, start=1))
@@ -85,8 +95,8 @@ def summary_of(scores: Mapping[str, int | None]) -> dict[str, Any]:
     return {"judged": len(given), "not_judged": failed, "diversity": mean, "interval": bootstrap_interval(given)}
 
 
-def _read(file: Path) -> dict[str, int | None]:
-    """Problems that have a score; one that had none is judged again."""
+def _read(file: Path, with_failures: bool = False) -> dict[str, int | None]:
+    """Problems that have a score, the last of each; one that had none is judged again."""
     if not file.exists():
         return {}
     found = {}
@@ -96,7 +106,7 @@ def _read(file: Path) -> dict[str, int | None]:
             found[one["id"]] = one["score"]
         except (ValueError, KeyError, TypeError):  # the last of a process that was ended
             continue
-    return {name: score for name, score in found.items() if score is not None}
+    return {name: score for name, score in found.items() if with_failures or score is not None}
 
 
-__all__ = ["judge", "prompt_of", "score_of", "summary_of"]
+__all__ = ["judge", "judged_file", "judged_numbers", "prompt_of", "score_of", "summary_of"]

@@ -13,7 +13,8 @@ A contest's file is JSON:
 
     {"contest": "1900", "problems": {"A": 500, "B": 1000}, "standings": [{"rating": 1523, "points": 1372.0}, ..]}
 
-where `points` of a problem are its most, and a contestant's rating is that from before the contest.
+where `points` of a problem are its most, and a contestant's rating is that from before the contest. Beside them may be
+ratings.json, a list of ratings of all kinds of contestants, for the percentile.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from megatron_flowrl.config import UserError
 PENALTY = 50.0
 """Points that a failed attempt before the right one costs."""
 
+RATINGS = "ratings.json"
 _LOWEST, _HIGHEST = -5000.0, 10_000.0
 
 
@@ -115,6 +117,17 @@ def read_contest(path: Path) -> Contest:
     return Contest(str(content.get("contest", path.stem)), problems, ratings, points)
 
 
+def read_ratings(folder: str | None) -> list[float]:
+    """Of the humans that a rating is compared with; none where there is no ratings.json. Raises UserError."""
+    file = Path(folder or "", RATINGS)
+    if folder is None or not file.exists():
+        return []
+    try:
+        return [_number(one) for one in json.loads(file.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} is no list of ratings: {error}") from error
+
+
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{value!r} is no number")
@@ -123,6 +136,7 @@ def _number(value: Any) -> float:
 
 __all__ = [
     "PENALTY",
+    "RATINGS",
     "Contest",
     "contest_rating",
     "expected_rank",
@@ -132,4 +146,5 @@ __all__ = [
     "rank_of",
     "rating_of",
     "read_contest",
+    "read_ratings",
 ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,23 +10,18 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from megatron_flowrl.observe.drawing import COLUMNS, STYLE, Drawing, grid, legend, line_of, plain
 from megatron_flowrl.observe.line import SECONDS
 from megatron_flowrl.observe.runs import Course, Run
 
-COLUMNS = 3
-_PANEL = (3.6, 2.55)  # inches
-_COLORS = ("#1769aa", "#c2452d", "#2a9d8f", "#8e5bb5", "#d4a017", "#e07a5f", "#555555", "#7f1d1d")
-_STYLES = ("-", "--", ":", "-.")
 _PHASES = ("#4c83b6", "#e3a35a", "#67ab9f", "#c66b5c", "#a58bc4", "#d9c25f", "#8aa05a", "#c48aa8")
 _REST = "#d5d9de"
 _OTHER = "time/other"  # what is of no phase; worked out here, since other programs do not record it
 _POINTS = 500  # of a curve, so that a report of long runs stays small
-_LABEL = 44  # characters of a run's name
 
 
 @dataclass(frozen=True)
@@ -40,33 +33,6 @@ class Panel:
     names: tuple[str, ...]
     log: bool = False
     bounds: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A finished figure."""
-
-    title: str
-    panels: int
-    """How many are as wide as it is."""
-
-    figure: Figure
-
-    def data_uri(self) -> str:
-        """As SVG, for the src of an image: apart from the page and from other figures."""
-        return f"data:image/svg+xml;base64,{base64.b64encode(self._saved('svg')).decode()}"
-
-    def png(self, dpi: int = 110) -> bytes:
-        """As pixels."""
-        return self._saved("png", dpi=dpi)
-
-    def _saved(self, kind: str, **options: Any) -> bytes:
-        buffer = io.BytesIO()
-        # No date, and names of parts by what they are: the same runs make the same file.
-        with rc_context({"svg.hashsalt": "megatron-flowrl"}):
-            metadata = {"Date": None} if kind == "svg" else None
-            self.figure.savefig(buffer, format=kind, metadata=metadata, **options)
-        return buffer.getvalue()
 
 
 _SHARE = (0.0, 1.0)
@@ -115,7 +81,7 @@ GROUPS: Mapping[str, Sequence[Panel]] = {
 
 def draw_all(runs: Sequence[Run]) -> list[Drawing]:
     """A figure a group, of what any of the runs has, and one of the time that steps take."""
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         drawn = [_draw_group(title, panels, runs) for title, panels in GROUPS.items()]
         return [drawing for drawing in [*drawn, _draw_time(runs)] if drawing is not None]
 
@@ -134,60 +100,25 @@ def window(course: Course) -> int:
     return 1 if len(course) < 30 else 2 * (len(course) // 30) + 1
 
 
-def color_of(index: int) -> str:
-    """The colour of the run of this place."""
-    return _COLORS[index % len(_COLORS)]
-
-
-def shortened(label: str) -> str:
-    """A run's name without its middle, where it is long."""
-    half = _LABEL // 2 - 1
-    return label if len(label) <= _LABEL else f"{label[:half]}...{label[-half:]}"
-
-
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.labelsize": 9,
-    "axes.edgecolor": "#8b949e",
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.formatter.limits": (-4, 5),
-    "grid.color": "#e6e9ed",
-    "grid.linewidth": 0.7,
-    "xtick.color": "#57606a",
-    "ytick.color": "#57606a",
-    "legend.fontsize": 9,
-    "legend.frameon": False,
-}
-
-
 def _draw_group(title: str, panels: Sequence[Panel], runs: Sequence[Run]) -> Drawing | None:
     panels = [panel for panel in panels if any(run.first_of(*panel.names) for run in runs)]
     if not panels:
         return None
-    figure, axes = _grid(len(panels))
+    figure, axes = grid(len(panels))
     for axis, panel in zip(axes, panels, strict=True):
         courses = {index: course for index, run in enumerate(runs) if (course := run.first_of(*panel.names))}
         log = panel.log and _spans_decades([value for course in courses.values() for _, value in course])
         if log:
             axis.set_yscale("log")
         for index, course in courses.items():
-            _draw_course(axis, course, _line_of(index), log)
+            _draw_course(axis, course, line_of(index), log)
         _label(axis, panel.title, panel.unit, runs)
         if not log:
             _bound(axis, panel.bounds, min(value for course in courses.values() for _, value in course))
     drawn = [index for index, run in enumerate(runs) if any(run.first_of(*panel.names) for panel in panels)]
-    handles = [Line2D([], [], linewidth=1.7, **_line_of(index)) for index in drawn]
-    _legend(figure, handles, [runs[index].label for index in drawn])
+    handles = [Line2D([], [], linewidth=1.7, **line_of(index)) for index in drawn]
+    legend(figure, handles, [runs[index].label for index in drawn])
     return Drawing(title, min(len(panels), COLUMNS), figure)
-
-
-def _line_of(index: int) -> dict[str, Any]:
-    return {"color": color_of(index), "linestyle": _STYLES[index // len(_COLORS) % len(_STYLES)]}
 
 
 def _draw_course(axis: Axes, course: Course, line: dict[str, Any], log: bool) -> None:
@@ -246,7 +177,7 @@ def _draw_time(runs: Sequence[Run]) -> Drawing | None:
     order = sorted(totals, key=lambda name: -totals[name])
     shown, rest = order[: len(_PHASES)], order[len(_PHASES) :]
     colors = dict(zip(shown, _PHASES, strict=False))
-    figure, axes = _grid(len(timed), narrowest=2)
+    figure, axes = grid(len(timed), narrowest=2)
     top = 0.0
     for axis, (run, phases) in zip(axes, timed, strict=True):
         steps = _timed_steps(run)
@@ -257,11 +188,11 @@ def _draw_time(runs: Sequence[Run]) -> Drawing | None:
         stack = [part[::stride] for part in (*known, other)]
         axis.stackplot(steps[::stride], stack, colors=[*colors.values(), _REST], linewidth=0)
         top = max(top, float(np.max(np.sum(stack, axis=0))))
-        _label(axis, _plain(run.label), "seconds per step", [run])
+        _label(axis, plain(run.label), "seconds per step", [run])
     for axis in axes:
         axis.set_ylim(0, 1.08 * top or 1.0)
     names = [name.partition("/")[2].replace("_", " ") for name in shown]
-    _legend(figure, [Patch(color=color) for color in (*colors.values(), _REST)], [*names, "other"])
+    legend(figure, [Patch(color=color) for color in (*colors.values(), _REST)], [*names, "other"])
     return Drawing("Time of a step", min(max(len(timed), 2), COLUMNS), figure)
 
 
@@ -293,28 +224,4 @@ def _mean_of(steps: Sequence[int], seconds: np.ndarray[Any, Any]) -> list[float]
     return smoothed(list(zip(steps, once, strict=True)))
 
 
-def _grid(count: int, narrowest: int = 1) -> tuple[Figure, list[Axes]]:
-    """Pairs of axes in rows of three; one alone is as wide as `narrowest` of them."""
-    rows, columns = -(-count // COLUMNS), min(count, COLUMNS)
-    figure = Figure(figsize=(_PANEL[0] * max(columns, narrowest), _PANEL[1] * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
-    for axis in axes[count:]:
-        axis.remove()
-    return figure, axes[:count]
-
-
-def _legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """Below everything; the figure grows by it."""
-    texts, (width, height) = [_plain(label) for label in labels], figure.get_size_inches()
-    columns = max(1, min(len(texts), math.floor(13 * width / (max(map(len, texts)) + 7))))  # 13 characters an inch
-    figure.set_figheight(height + 0.15 + 0.2 * -(-len(texts) // columns))
-    figure.legend(list(handles), texts, loc="outside lower center", ncols=columns)
-
-
-def _plain(label: str) -> str:
-    """A name as matplotlib takes it: no formula, and not hidden by an underscore."""
-    label = "".join(char if char.isprintable() else "?" for char in shortened(label)).replace("$", r"\$")
-    return f" {label}" if label.startswith("_") else label
-
-
-__all__ = ["COLUMNS", "GROUPS", "Drawing", "Panel", "color_of", "draw_all", "shortened", "smoothed", "window"]
+__all__ = ["GROUPS", "Panel", "draw_all", "smoothed", "window"]

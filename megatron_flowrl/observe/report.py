@@ -126,15 +126,16 @@ def _settings(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _curves(runs: Sequence[Run]) -> Iterator[str]:
-    from megatron_flowrl.observe import figures
+    from megatron_flowrl.observe.drawing import COLUMNS
+    from megatron_flowrl.observe.figures import draw_all
 
     yield "<h2>Curves</h2>"
     yield (
         "<p>Faint: as measured, step by step. Strong: running mean over about one in fifteen of the steps. "
         "Courses of few points are drawn as measured, with marks.</p>"
     )
-    for drawing in figures.draw_all(runs):
-        width = round(100 * drawing.panels / figures.COLUMNS)
+    for drawing in draw_all(runs):
+        width = round(100 * drawing.panels / COLUMNS)
         title = _text(drawing.title)
         yield f'<figure><h3>{title}</h3><img style="width: {width}%" alt="{title}" src="{drawing.data_uri()}"></figure>'
 
@@ -215,7 +216,7 @@ def _table(
 
 
 def _run_name(runs: Sequence[Run], index: int) -> str:
-    from megatron_flowrl.observe.figures import color_of, shortened
+    from megatron_flowrl.observe.drawing import color_of, shortened
 
     chip, label = f'<span class="chip" style="background: {color_of(index)}"></span>', runs[index].label
     return f'<span class="run" title="{_text(label)}">{chip}{_bdi(shortened(label))}</span>'

@@ -71,7 +71,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
             problems += error.problems
     if problems:
         raise UserError(*problems)
-    for run, label in zip(runs, _labels([run.folder for run in runs]), strict=True):
+    for run, label in zip(runs, labels_of([run.folder for run in runs]), strict=True):
         run.label = label
     return runs
 
@@ -162,7 +162,7 @@ def _shown(value: object) -> str:
     return "null" if value is None else show(value)
 
 
-def _labels(folders: Sequence[Path]) -> list[str]:
+def labels_of(folders: Sequence[Path]) -> list[str]:
     """The folders' names, with as many of those above as tell them apart."""
     parts = [folder.resolve().parts for folder in folders]
     depth = 1
@@ -171,4 +171,14 @@ def _labels(folders: Sequence[Path]) -> list[str]:
     return ["/".join(part[-depth:]) for part in parts]
 
 
-__all__ = ["CONFIG", "Course", "Run", "Trouble", "different_settings", "missing_steps", "read_runs", "troubles"]
+__all__ = [
+    "CONFIG",
+    "Course",
+    "Run",
+    "Trouble",
+    "different_settings",
+    "labels_of",
+    "missing_steps",
+    "read_runs",
+    "troubles",
+]

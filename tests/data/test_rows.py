@@ -91,13 +91,14 @@ def test_a_column_may_be_inside_another() -> None:
 
 
 def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(name: str, split: str) -> list[dict[str, Any]]:
+    def load_dataset(name: str, configuration: str | None, split: str) -> list[dict[str, Any]]:
         if name != "some/data":
             raise FileNotFoundError(f"no {name}")
-        return [{"prompt": split}]
+        return [{"prompt": split if configuration is None else configuration}]
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert read("some/data") == [("some/data[train]: row 1", {"prompt": "train"})]
+    assert read("some/data:main") == [("some/data:main[train]: row 1", {"prompt": "main"})]
     (problem,) = problems_of("other/data")
     assert "its split 'train' cannot be loaded (no other/data)" in problem
     monkeypatch.setitem(sys.modules, "datasets", None)

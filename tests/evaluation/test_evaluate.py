@@ -10,7 +10,7 @@ import pytest
 
 from megatron_flowrl.cli import main
 from megatron_flowrl.evaluation.benchmarks import BENCHMARKS, benchmark_of, read_problems
-from megatron_flowrl.evaluation.evaluate import GradedText, summarize
+from megatron_flowrl.evaluation.results import GradedText, summarize
 from tests.evaluation.conftest import Chat
 from tests.tiny_models import save_model
 
@@ -121,14 +121,19 @@ def test_a_key_is_sent(chat: tuple[Chat, str], tmp_path: Path, monkeypatch: pyte
     ("arguments", "message"),
     [
         ([], "name a benchmark, such as math500"),
-        (["math50"], "'math50' is no benchmark; there are aime24"),
+        (["math50"], "'math50' is no benchmark, and no file; there are aime24"),
         (["math500", "--model", "x"], "give either --model or --server"),
         (["math500", "--n", "0"], "--n 0 cannot be"),
         (["math500", "--top-p", "0"], "--top-p 0.0 cannot be"),
         (["math500", "--data", "gsm8k=x"], "--data names gsm8k, which is not evaluated"),
         (["math500", "--data", "math500="], "--data math500 is no NAME=FILE"),
         (["math500", "--data", "math500=/gone.jsonl"], "'/gone.jsonl' does not exist"),
-        (["livecodebench"], "give a file with --data livecodebench=FILE"),
+        (["livecodebench"], "'lighteval/code_generation_lite:release_v5' is no file or folder here"),
+        (["math500", "--since", "May"], "--since May is no date such as 2024-08-01"),
+        (["math500", "--template", "{problem}!"], "--template is for a file of yours"),
+        (["gone.jsonl"], "input file 'gone.jsonl' does not exist"),
+        (["gone.jsonl", "--template", "?"], "--template '?' has no {problem}"),
+        (["math500", "some/math500.jsonl"], "two of what is to be evaluated would be called math500"),
         (["math500", "--api-key-variable", "NONE_SUCH"], "the environment has no NONE_SUCH"),
         (["math500", "optimizer.lr=1"], "does not read optimizer.lr"),
     ],
@@ -146,9 +151,10 @@ def test_what_cannot_be_evaluated_is_named(
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"problem": "x"}], "there is no column answer"),
+        ([{"problem": "x"}], "answer, final_answer, ground_truth and reward_model.ground_truth are missing, or null"),
         ([{"answer": "x"}], "one of the columns problem, question, prompt has to be text"),
-        ([{"problem": "x", "answer": None}], "is no answer; give text, or a number"),
+        ([{"problem": "x", "answer": None}], "reward_model.ground_truth are missing, or null"),
+        ([{"problem": "x", "answer": {}}], "is no answer; give text, or a number"),
         ([ROWS[0], ROWS[0]], "rows with the same id"),
     ],
 )
@@ -182,6 +188,22 @@ def test_the_forms_of_rows(tmp_path: Path) -> None:
     (stdin,) = read_problems(benchmark_of("codeforces"), str(rows_file(tmp_path, rows)))
     assert stdin.ground_truth == {"inputs": ["1"], "outputs": ["2"]}
     assert len(BENCHMARKS) == 11
+
+
+def test_a_file_of_ones_own(chat: tuple[Chat, str], tmp_path: Path) -> None:
+    behind, url = chat
+    file = tmp_path / "own.jsonl"
+    rows = [{"prompt": [{"role": "user", "content": "1 + 1"}], "reward_model": {"ground_truth": "2"}}]
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    given = ["evaluate", str(file), "--server", url, "--served-model", "m", "--output", str(tmp_path / "out")]
+    main([*given, "--n", "2", "--template", "Compute {problem} in \\boxed{}", "reward.workers=1"])
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["benchmarks"]["own"]["avg"] == 1.0
+    assert behind.asked[0]["messages"][0]["content"] == "Compute 1 + 1 in \\boxed{}"
+    main([*given, "--n", "2", "--template", "Compute {problem} in \\boxed{}", "reward.workers=1"])
+    assert len(behind.asked) == 2
+    with pytest.raises(SystemExit):
+        main([*given, "--n", "2", "--template", "Compute {problem} in \\boxed{}", "reward.grader=exact"])
 
 
 def test_a_summary_by_hand() -> None:

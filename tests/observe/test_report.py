@@ -16,7 +16,8 @@ from xml.etree import ElementTree
 import pytest
 
 from megatron_flowrl.config import TrackingConfig, UserError, load_config, to_yaml
-from megatron_flowrl.observe.figures import Drawing, draw_all, smoothed, window
+from megatron_flowrl.observe.drawing import Drawing
+from megatron_flowrl.observe.figures import draw_all, smoothed, window
 from megatron_flowrl.observe.recorder import Recorder, Sample
 from megatron_flowrl.observe.report import write_report
 from megatron_flowrl.observe.runs import read_runs
