@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         choices=tuple(_COMMANDS),
         help="train: reinforcement learning; sft: supervised training; report: runs as HTML; score: log-probs of given "
         "responses; convert: between Hugging Face and Megatron; serve: vLLM servers; evaluate: benchmarks; "
-        "judge: how different answers are",
+        "judge: how different answers are; compare: evaluations beside one another",
     )
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its arguments; see COMMAND --help")
     parsed = parser.parse_args(arguments)

@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from megatron_flowrl.checkpoint.companions import stop_token_ids
 from megatron_flowrl.checkpoint.locate import locate_model
@@ -141,7 +142,8 @@ def _exported(config: Config, world: World, checkpoint: Path, output: Path) -> P
         check_config(config)
         folder.parent.mkdir(parents=True, exist_ok=True)
         # In a process of its own, which gives back what memory of a device the weights took: the servers need it.
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        start: Any = {"initializer": configure_logging, "initargs": (config.logging, world.rank)}
+        with ProcessPoolExecutor(1, get_context("spawn"), **start) as process:
             process.submit(_export, config, world, folder).result()
     return folder
 
@@ -149,7 +151,6 @@ def _exported(config: Config, world: World, checkpoint: Path, output: Path) -> P
 def _export(config: Config, world: World, folder: Path) -> None:
     from megatron_flowrl.checkpoint.convert import megatron_to_hugging_face
 
-    configure_logging(config.logging, world.rank)
     megatron_to_hugging_face(config, world, folder, dtype=config.rollout.dtype, max_shard_bytes=_LARGEST_SHARD)
 
 

@@ -77,7 +77,8 @@ def _draw_bars(
     axis.set_xticks(
         range(len(names)), names, rotation=30 if len(names) > 3 else 0, ha="right" if len(names) > 3 else "center"
     )
-    axis.set_xlim(-0.6, max(len(names), 2) - 0.4)
+    center, half = (len(names) - 1) / 2, max(len(names), 2) / 2 + 0.1
+    axis.set_xlim(center - half, center + half)
     axis.grid(visible=False, axis="x")
 
 
