@@ -170,8 +170,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _print(error)
         sys.exit(2)
     except KeyboardInterrupt:
-        goes_on = parsed.command in ("train", "sft")
-        what = "the same command goes on from the newest checkpoint" if goes_on else "no file or folder was finished"
+        kept = {"train": "the newest checkpoint", "sft": "the newest checkpoint"}
+        kept |= dict.fromkeys(("evaluate", "judge"), "what is answered")
+        goes_on = kept.get(parsed.command)
+        what = f"the same command goes on from {goes_on}" if goes_on else "no file or folder was finished"
         print(f"megatron-flowrl: interrupted; {what}", file=sys.stderr)
         sys.exit(130)
 

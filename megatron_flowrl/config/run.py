@@ -70,11 +70,11 @@ class CodeConfig:
     """`all`: 1 where all tests are passed, else 0; `fraction`: the share that is passed."""
 
     cpu_seconds: PositiveFloat = 5.0
-    """Processor time of a program, in a test."""
+    """Processor time of a program, in a test; of a function, in all calls the same for each of them."""
 
     wall_seconds: PositiveFloat = 8.0
-    """Time of a program in a test; of all calls of a function together. reward.timeout_seconds is for all tests of an
-    answer, and has to be longer: raise it where problems have many."""
+    """Time of a program in a test, or of a call of a function. reward.timeout_seconds is for all tests of an answer,
+    and has to be longer: raise it where problems have many."""
 
     memory_mib: Annotated[int, Field(ge=64)] = 1024
     """Memory of a program."""
@@ -86,7 +86,8 @@ class CodeConfig:
     """Absolute paths of folders that programs may read, and import from, beside Python's standard library."""
 
     packages: Annotated[tuple[str, ...], Strict(False)] = ()
-    """Packages of this environment that programs and tests may import, such as numpy."""
+    """Packages of this environment that programs and tests may import, such as numpy; and what these import themselves.
+    With reward.code.unprotected, and no namespaces, they can read all packages."""
 
     unprotected: bool = False
     """Run programs where the machine has no namespaces to hold them: they can then reach its network, end its

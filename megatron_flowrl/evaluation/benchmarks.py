@@ -18,14 +18,22 @@ A benchmark may also be a file of one's own: its rows are graded by reward.grade
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_flowrl.config import UserError
-from megatron_flowrl.data.rows import BadRow, Row, read_rows, rows_of
-from megatron_flowrl.evaluation.published import LeftOut, codeforces, livecodebench, mathematics
+from megatron_flowrl.data.rows import BadRow, Raw, Row, read_rows, rows_of
+from megatron_flowrl.evaluation.published import (
+    LeftOut,
+    answered,
+    codeforces,
+    date_of,
+    livecodebench,
+    mathematics,
+    programs,
+)
 from megatron_flowrl.observe.log import logger
 from megatron_flowrl.rewards.find import check_ground_truth
 
@@ -69,8 +77,8 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         Benchmark("minerva", "math", MATH, "math-ai/minervamath"),
         Benchmark("olympiadbench", "math", MATH, "math-ai/olympiadbench"),
         Benchmark("gsm8k", "math", MATH, "openai/gsm8k:main"),
-        Benchmark("humaneval", "code", None, "openai/openai_humaneval", form=dict),
-        Benchmark("humaneval+", "code", None, "evalplus/humanevalplus", form=dict, packages=("numpy",)),
+        Benchmark("humaneval", "code", None, "openai/openai_humaneval", form=programs),
+        Benchmark("humaneval+", "code", None, "evalplus/humanevalplus", form=programs, packages=("numpy",)),
         Benchmark("livecodebench", "code", None, "lighteval/code_generation_lite:release_v5", form=livecodebench),
         Benchmark("codeforces", "code", None, "open-r1/codeforces", form=codeforces),
     )
@@ -94,15 +102,21 @@ class Part:
     """Which of a benchmark's problems are wanted."""
 
     limit: int | None = None
-    """So many rows, from the first."""
+    """So many problems, from the first."""
 
     since: str | None = None
     until: str | None = None
     """Dates, as 2024-08-01: from the first, and before the second."""
 
-    def has(self, date: str) -> bool:
-        """Whether a problem of this date is."""
-        return (self.since is None or date[:10] >= self.since) and (self.until is None or date[:10] < self.until)
+    def by_date(self) -> bool:
+        """Whether it is told by dates."""
+        return self.since is not None or self.until is not None
+
+    def has(self, date: str | None) -> bool:
+        """Whether a problem of this date, or of none, is wanted. Raises BadRow where it needs one."""
+        if date is None and self.by_date():
+            raise BadRow("it has no date (or contest_date, or contest_start), which --since and --until go by")
+        return date is None or ((self.since or "") <= date and (self.until is None or date < self.until))
 
 
 WHOLE = Part()
@@ -119,9 +133,10 @@ def own_benchmark(file: str, grader: str, template: str | None) -> Benchmark:
     """A file of the user's as a benchmark. Raises UserError for a template that is none."""
     if template is not None and "{problem}" not in template:
         raise UserError(f"--template {template!r} has no {{problem}}, which is where a problem goes")
+    form = programs if grader == "code" else mathematics if grader == "math" else answered
     if template is None and grader != "code":
         template = "{problem}"
-    return Benchmark(Path(file).stem, grader, template, file, form=dict if grader == "code" else mathematics)
+    return Benchmark(Path(file).stem, grader, template, file, form=form)
 
 
 def is_file(name: str) -> bool:
@@ -137,22 +152,19 @@ def read_problems(benchmark: Benchmark, path: str | None = None, part: Part = WH
     source = path or benchmark.hub
     assert source is not None
     left_out: Counter[str] = Counter()
+    found: list[Problem] = []
     numbers = iter(range(2**62))
 
-    def read(row: Row, _: str) -> Problem | None:
+    def read(row: Row, _: str) -> None:
         number = next(numbers)
+        if not part.has(date_of(row) if part.by_date() else None):
+            left_out["it is of another time"] += 1
+            return
         try:
             row = benchmark.form(row)
         except LeftOut as reason:
             left_out[str(reason)] += 1
-            return None
-        if part.since is not None or part.until is not None:
-            date = row.get("date")
-            if not isinstance(date, str):
-                raise BadRow("there is no column date (or contest_date), by which --since and --until go")
-            if not part.has(date):
-                left_out["it is of another time"] += 1
-                return None
+            return
         truth = _ground_truth(benchmark, row)
         trouble = check_ground_truth(benchmark.grader, truth, row)
         if trouble is not None:
@@ -161,14 +173,23 @@ def read_problems(benchmark: Benchmark, path: str | None = None, part: Part = WH
         prompt = template.replace("{problem}", _text(row))
         tests = truth if benchmark.grader == "code" else ()  # which may be long, and go to the graders once
         rest = {name: value for name, value in row.items() if name not in tests}
-        return Problem(str(row.get("id", row.get("task_id", number))), prompt, truth, rest)
+        names = (row[column] for column in ("id", "task_id") if row.get(column) is not None)
+        found.append(Problem(str(next(names, number)), prompt, truth, rest))
 
-    rows = read_rows(rows_of(source, benchmark.split), read, f"{benchmark.name}: {source!r} has no rows", part.limit)
-    found = [problem for problem in rows if problem is not None]
+    def until_enough(rows: Iterable[tuple[str, Raw]]) -> Iterator[tuple[str, Raw]]:
+        for one in rows:
+            if part.limit is not None and len(found) >= part.limit:
+                return
+            yield one
+
+    read_rows(until_enough(rows_of(source, benchmark.split)), read, f"{benchmark.name}: {source!r} has no rows")
     for reason, count in left_out.items():
-        logger.warning("%s: %d problems are left out: %s", benchmark.name, count, reason)
+        logger.warning("%s: %d problem%s left out: %s", benchmark.name, count, " is" if count == 1 else "s are", reason)
     if not found:
         raise UserError(f"{benchmark.name}: no problem of {source!r} is left; see what was left out above")
+    partly = sum(problem.row.get("official_tests_complete") is False for problem in found)
+    if partly:
+        logger.warning("%s: of %d problems only a part of the official tests is there", benchmark.name, partly)
     ids = {problem.id for problem in found}
     if len(ids) != len(found):
         raise UserError(f"{benchmark.name}: {source!r} has rows with the same id; give each its own, or none any")
@@ -182,15 +203,18 @@ def _text(row: Row) -> str:
             value = value[0].get("content")
         if isinstance(value, str) and value.strip():
             return value
-    raise BadRow(f"there is no problem: one of the columns {', '.join(_TEXT_COLUMNS)} has to be text")
+    raise BadRow(
+        f"there is no problem: one of the columns {', '.join(_TEXT_COLUMNS)} has to be text, or one message of a user"
+    )
 
 
 def _ground_truth(benchmark: Benchmark, row: Row) -> Any:
     if benchmark.grader != "code":
         return row["answer"]
-    names = {"inputs": "inputs", "outputs": "outputs", "calls": "calls", "entry_point": "entry_point"}
-    names |= {"prompt": "prompt", "test": "test", "tests": "test"}
-    truth = {inside: row[name] for name, inside in names.items() if row.get(name) is not None}
+    names = ("inputs", "outputs", "calls", "entry_point", "prompt", "test", "prelude")
+    truth = {name: row[name] for name in names if row.get(name) is not None}
+    if isinstance(row.get("tests"), str):
+        truth["test"] = row["tests"]
     if "test" not in truth:
         truth.pop("prompt", None)
     return truth

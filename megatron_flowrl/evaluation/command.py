@@ -19,8 +19,8 @@ from megatron_flowrl.config import Config, UserError, check_config
 from megatron_flowrl.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_flowrl.evaluation.benchmarks import Part
 from megatron_flowrl.evaluation.compare import draw
-from megatron_flowrl.evaluation.evaluate import Plan, check_plan, claim, evaluate, reward_of
-from megatron_flowrl.evaluation.judge import judge, judged_file
+from megatron_flowrl.evaluation.evaluate import Plan, check_folder, check_plan, claim, evaluate, reward_of
+from megatron_flowrl.evaluation.judge import judge
 from megatron_flowrl.evaluation.results import SUMMARY, table
 from megatron_flowrl.evaluation.sources import ChatServer, OwnServers
 from megatron_flowrl.model.architecture import read_architecture
@@ -38,12 +38,13 @@ def evaluate_command(config: Config, world: World, given: argparse.Namespace, be
     if world.size > 1:
         raise UserError("evaluate is one process, whatever its servers are: start it without torchrun")
     plan = _plan(config, given, benchmarks)
-    problems = check_plan(plan, config.reward.grader)
+    problems = check_plan(plan, config.reward)
     for benchmark in problems:
         make_grader(reward_of(config, benchmark))
     output = Path(given.output)
-    claim(output, plan, problems)
+    check_folder(output, plan, config, problems)
     with _source(config, world, given, plan, output) as source:
+        claim(output, plan, config, problems)
         summary = evaluate(config, plan, problems, source, output)
     for picture in draw({plan.model: summary["benchmarks"]}, output):
         logger.info("%s is a picture of them", picture)
@@ -55,7 +56,7 @@ def judge_command(config: Config, given: argparse.Namespace) -> None:
     """Judge a file of answers, and print the numbers as JSON. Raises UserError."""
     file = Path(given.FILE)
     with _chat_server(config, given) as source:
-        print(json.dumps(judge(file, source, judged_file(file)), indent=2))
+        print(json.dumps(judge(file, source, given.served_model), indent=2))
 
 
 def _plan(config: Config, given: argparse.Namespace, benchmarks: Sequence[str]) -> Plan:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from megatron_flowrl.observe.drawing import COLUMNS, STYLE, Drawing, grid, legend, line_of
+from megatron_flowrl.observe.drawing import COLUMNS, STYLE, Drawing, grid, legend, line_of, plain
 
 Numbers = Mapping[str, Mapping[str, Any]]
 """Benchmark -> the numbers of `results.summarize`."""
@@ -36,7 +36,7 @@ def draw_quality(evaluations: Mapping[str, Numbers]) -> Drawing:
             for index, of in enumerate(evaluations.values()):
                 if name in of:
                     _draw_pass(axis, of[name], line_of(index))
-            axis.set_title(f"{name}: pass@k")
+            axis.set_title(f"{plain(name)}: pass@k")
             axis.set_xlabel("k answers")
             axis.set_ylabel("share of problems solved")
         _names_below(figure, evaluations)
@@ -74,9 +74,9 @@ def _draw_bars(
             axis.plot([x, x], [low, high], color="#24292f", linewidth=1.1)
     axis.set_title(title)
     axis.set_ylabel(unit)
-    axis.set_xticks(
-        range(len(names)), names, rotation=30 if len(names) > 3 else 0, ha="right" if len(names) > 3 else "center"
-    )
+    crowded = len(names) > 3
+    labels = [plain(name) for name in names]
+    axis.set_xticks(range(len(names)), labels, rotation=30 if crowded else 0, ha="right" if crowded else "center")
     center, half = (len(names) - 1) / 2, max(len(names), 2) / 2 + 0.1
     axis.set_xlim(center - half, center + half)
     axis.grid(visible=False, axis="x")

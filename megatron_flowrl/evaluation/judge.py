@@ -8,17 +8,19 @@ is kept, and the same command goes on.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from megatron_flowrl.config import UserError
 from megatron_flowrl.evaluation.estimates import bootstrap_interval
-from megatron_flowrl.evaluation.results import GradedText, read_answers
+from megatron_flowrl.evaluation.results import GradedText, read_answers, whole_lines
 from megatron_flowrl.evaluation.sources import Source, Wanted
 from megatron_flowrl.observe.log import logger
 from megatron_flowrl.rollout.generation import Sampling
@@ -41,26 +43,48 @@ _SCORE = re.compile(r"^\W*score\W*([1-5])(?:\s*/\s*5)?\W*$", re.IGNORECASE | re.
 _LONGEST_VERDICT = 4096
 
 
-def judge(file: Path, source: Source, output: Path) -> dict[str, Any]:
-    """Have every problem of an answers' file judged that is not yet; returns the numbers. Raises UserError."""
-    of: dict[str, list[GradedText]] = defaultdict(list)
-    for answer in read_answers(file):
-        of[answer.id].append(answer)
-    if not of:
+@dataclass(frozen=True)
+class Verdict:
+    """A line of a judge's file. `answers`: a digest of those that were judged."""
+
+    id: str
+    score: int | None
+    said: str
+    judge: str
+    answers: str
+
+
+def judge(file: Path, source: Source, model: str) -> dict[str, Any]:
+    """Have every problem of an answers' file judged that is not yet, by a server's `model`; returns the numbers.
+
+    Raises UserError.
+    """
+    answers = _by_problem(file)
+    if not answers:
         raise UserError(f"{file} has no answers; megatron-flowrl evaluate writes such files")
-    judged = _read(output)
-    missing = [one for one in of if one not in judged]
+    output = judged_file(file)
+    judged = {verdict.id: verdict.score for verdict in _read(output, answers, repair=True) if verdict.judge == model}
+    missing = [one for one in answers if judged.get(one) is None]
     if missing:
-        prompts = [prompt_of(sorted(of[one], key=lambda answer: answer.sample)) for one in missing]
+        prompts = [prompt_of(answers[one]) for one in missing]
         sampling = Sampling(max_tokens=_LONGEST_VERDICT, temperature=0.0)
         wanted = [Wanted(number, 0) for number in range(len(missing))]
         with output.open("a", encoding="utf-8") as lines:
             for said in source.answers(prompts, wanted, sampling):
-                name, score = missing[said.problem], score_of(said.text)
-                lines.write(json.dumps({"id": name, "score": score, "said": said.trouble or said.text}) + "\n")
+                name, text = missing[said.problem], said.trouble or said.text
+                verdict = Verdict(name, score_of(said.text), text, model, _digest(answers[name]))
+                lines.write(json.dumps(asdict(verdict)) + "\n")
                 lines.flush()
-                judged[name] = score
-    return summary_of({one: judged[one] for one in of})
+                judged[name] = verdict.score
+    return summary_of({one: judged.get(one) for one in answers})
+
+
+def judged_numbers(file: Path) -> dict[str, Any]:
+    """Of what has been said of a file's answers by the judge who spoke last, as `judge` returns it."""
+    answers = _by_problem(file)
+    verdicts = _read(judged_file(file), answers, repair=False)
+    last = verdicts[-1].judge if verdicts else ""
+    return summary_of({verdict.id: verdict.score for verdict in verdicts if verdict.judge == last})
 
 
 def judged_file(answers: Path) -> Path:
@@ -68,9 +92,16 @@ def judged_file(answers: Path) -> Path:
     return answers.with_suffix(f".judged{answers.suffix}")
 
 
-def judged_numbers(file: Path) -> dict[str, Any]:
-    """Of what a judge has said so far, as `judge` returns them; its failures are in the file, too."""
-    return summary_of(_read(file, with_failures=True))
+def _by_problem(file: Path) -> dict[str, list[GradedText]]:
+    of: dict[str, list[GradedText]] = defaultdict(list)
+    for answer in read_answers(file):
+        of[answer.id].append(answer)
+    return {name: sorted(some, key=lambda answer: answer.sample) for name, some in of.items()}
+
+
+def _digest(answers: Sequence[GradedText]) -> str:
+    texts = repr([answer.response for answer in answers])
+    return hashlib.sha256(texts.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def prompt_of(answers: Sequence[GradedText]) -> str:
@@ -92,21 +123,22 @@ def summary_of(scores: Mapping[str, int | None]) -> dict[str, Any]:
     if failed:
         logger.warning("%d of %d problems were not judged: no score in what the judge said", failed, len(scores))
     mean = fmean(given) if given else None
-    return {"judged": len(given), "not_judged": failed, "diversity": mean, "interval": bootstrap_interval(given)}
+    interval = bootstrap_interval(given) if given else None
+    return {"judged": len(given), "not_judged": failed, "diversity": mean, "interval": interval}
 
 
-def _read(file: Path, with_failures: bool = False) -> dict[str, int | None]:
-    """Problems that have a score, the last of each; one that had none is judged again."""
+def _read(file: Path, answers: Mapping[str, Sequence[GradedText]], *, repair: bool) -> list[Verdict]:
+    """What was said of these answers; what was said of others, when the problems had those, is passed over."""
     if not file.exists():
-        return {}
-    found = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            one = json.loads(line)
-            found[one["id"]] = one["score"]
-        except (ValueError, KeyError, TypeError):  # the last of a process that was ended
-            continue
-    return {name: score for name, score in found.items() if with_failures or score is not None}
+        return []
+    found = []
+    try:
+        for line in whole_lines(file, repair=repair):
+            found.append(Verdict(**json.loads(line)))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} has lines that are none of a judge's ({error}); move it away") from error
+    digests = {name: _digest(some) for name, some in answers.items()}
+    return [verdict for verdict in found if digests.get(verdict.id) == verdict.answers]
 
 
-__all__ = ["judge", "judged_file", "judged_numbers", "prompt_of", "score_of", "summary_of"]
+__all__ = ["Verdict", "judge", "judged_file", "judged_numbers", "prompt_of", "score_of", "summary_of"]

@@ -10,13 +10,19 @@ A row that has none of a data set's columns is taken to be in our own form, and 
 from __future__ import annotations
 
 import base64
-import io
+import datetime
 import json
-import pickle
+import pickletools
+import re
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
-from megatron_flowrl.data.rows import BadRow, Row
+from megatron_flowrl.data.rows import BadRow, Row, short
+
+_LARGEST = 2**30  # bytes of a problem's tests
+_TEXT_OPERATIONS = ("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8")
+_OTHER_OPERATIONS = ("PROTO", "FRAME", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "STOP")
 
 
 class LeftOut(Exception):
@@ -25,11 +31,7 @@ class LeftOut(Exception):
 
 def mathematics(row: Row) -> Row:
     """Raises BadRow where there is no answer."""
-    answer = row.get("answer", row.get("final_answer", row.get("ground_truth")))
-    if answer is None and isinstance(row.get("reward_model"), dict):  # as verl's files have it
-        answer = row["reward_model"].get("ground_truth")
-    if answer is None:
-        raise BadRow("answer, final_answer, ground_truth and reward_model.ground_truth are missing, or null")
+    answer = answer_of(row)
     if isinstance(answer, list):
         answer = answer[0] if len(answer) == 1 else ", ".join(map(str, answer))
     if isinstance(answer, str) and "####" in answer:
@@ -40,10 +42,75 @@ def mathematics(row: Row) -> Row:
     return {**row, "answer": answer}
 
 
+def answered(row: Row) -> Row:
+    """The answer as it is, for any grader. Raises BadRow where there is none."""
+    return {**row, "answer": answer_of(row)}
+
+
+def answer_of(row: Row) -> Any:
+    """The first that there is of the columns for it. Raises BadRow."""
+    verl = row.get("reward_model")
+    inside = verl.get("ground_truth") if isinstance(verl, Mapping) else None
+    for answer in (row.get("answer"), row.get("final_answer"), row.get("ground_truth"), inside):
+        if answer is not None:
+            return answer
+    raise BadRow("answer, final_answer, ground_truth and reward_model.ground_truth are missing, or null")
+
+
+def programs(row: Row) -> Row:
+    """Of whichever data set the row is; tests may also be in reward_model.ground_truth. Raises BadRow and LeftOut."""
+    if "question_content" in row:
+        return livecodebench(row)
+    if "description" in row and "inputs" not in row:
+        return codeforces(row)
+    if any(row.get(name) is not None for name in ("inputs", "calls", "test", "tests")):
+        return row
+    tests = answer_of(row)
+    try:
+        tests = json.loads(tests) if isinstance(tests, str) else tests
+    except ValueError:
+        raise BadRow("it has no tests, and its ground truth is no JSON") from None
+    if not isinstance(tests, Mapping):
+        raise BadRow("it has no tests: inputs and outputs, calls, or test")
+    return {**row, **tests}
+
+
+def date_of(row: Row) -> str | None:
+    """As 2024-08-31: of a column date or contest_date, or the seconds of contest_start. Raises BadRow."""
+    for column in ("date", "contest_date", "contest_start"):
+        value = row.get(column)
+        if isinstance(value, datetime.date):
+            return value.isoformat()[:10]
+        if column == "contest_start" and isinstance(value, int):
+            return datetime.datetime.fromtimestamp(value, datetime.UTC).isoformat()[:10]
+        if isinstance(value, str) and re.match(r"\d{4}-\d{2}-\d{2}(?!\d)", value):
+            return value[:10]
+        if value is not None:
+            raise BadRow(f"its {column} is {short(value)}, which is no date such as 2024-08-31")
+    return None
+
+
+# What LiveCodeBench's own harness imports before a program, as far as it matters: models count on it.
+_PRELUDE = """import bisect, collections, copy, datetime, functools, heapq, io, itertools, json, math
+import operator, random, re, statistics, string, sys
+from bisect import *
+from collections import *
+from copy import *
+from functools import *
+from heapq import *
+from itertools import *
+from math import *
+from operator import *
+from random import *
+from typing import *
+from builtins import *
+"""
+
+
 def livecodebench(row: Row) -> Row:
     """Tests by `testtype`: `stdin`, or `functional`, whose inputs are a line of JSON an argument.
 
-    Private tests are JSON, or that pickled, compressed and in base64: of pickles only text is read, no object is made.
+    Private tests are JSON, or that pickled, compressed and in base64: of pickles only a text is read.
 
     Raises BadRow where the tests cannot be read.
     """
@@ -52,8 +119,8 @@ def livecodebench(row: Row) -> Row:
     tests = [*_tests(row, "public_test_cases"), *_tests(row, "private_test_cases")]
     if not tests:
         raise BadRow("it has no tests")
-    ours = {**row, "id": row.get("question_id", row.get("id")), "date": row.get("contest_date")}
-    ours = {name: value for name, value in ours.items() if not name.endswith("_test_cases") and value is not None}
+    ours = {name: value for name, value in row.items() if not name.endswith("_test_cases")}
+    ours |= {"id": row.get("question_id", row.get("id")), "prelude": _PRELUDE}
     kinds = {test.get("testtype") for test in tests}
     if kinds == {"functional"}:
         starter = str(row.get("starter_code") or "")
@@ -73,11 +140,12 @@ def livecodebench(row: Row) -> Row:
 
 
 def codeforces(row: Row) -> Row:
-    """Statement from its parts; the official tests, or where there are none the examples.
+    """Statement from its parts, and the official tests.
 
-    Raises LeftOut for problems that more than one output solves, that are interactive, or that read files.
+    Raises LeftOut for problems that more than one output solves, that are interactive, that read files, or that come
+    without official tests: the examples are in the statement. Raises BadRow.
     """
-    if "description" not in row:
+    if "description" not in row or "inputs" in row:
         return row
     if row.get("generated_checker"):
         raise LeftOut("more than one output is right, which takes a checker")
@@ -85,14 +153,14 @@ def codeforces(row: Row) -> Row:
         raise LeftOut("it is interactive")
     if row.get("input_mode") not in (None, "stdio"):
         raise LeftOut("it reads and writes files")
-    tests = row.get("official_tests") or row.get("examples")
+    tests = _tests(row, "official_tests")
     if not tests:
-        raise LeftOut("it has no tests")
+        raise LeftOut("it has no official tests")
     parts = [f"{row.get('title') or ''}\n\n{row['description']}"]
     for title, column in (("Input", "input_format"), ("Output", "output_format")):
         if row.get(column):
             parts.append(f"{title}\n\n{row[column]}")
-    for example in row.get("examples") or ():
+    for example in _tests(row, "examples"):
         parts.append(f"Example\n\nInput:\n{example['input'].rstrip()}\n\nOutput:\n{example['output'].rstrip()}")
     if row.get("note"):
         parts.append(f"Note\n\n{row['note']}")
@@ -112,26 +180,31 @@ def _tests(row: Row, column: str) -> list[dict[str, Any]]:
         tests = content
         if isinstance(content, str):
             tests = json.loads(content if content.lstrip().startswith("[") else _unpacked(content))
+        if not isinstance(tests, list):
+            raise TypeError("no list of tests")
         for test in tests:
             if not isinstance(test["input"], str) or not isinstance(test["output"], str):
                 raise TypeError("input and output have to be text")
-    except (ValueError, TypeError, KeyError, zlib.error, pickle.UnpicklingError, EOFError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError, zlib.error) as error:
         raise BadRow(f"{column} cannot be read: {type(error).__name__}: {error}") from None
     return list(tests)
 
 
 def _unpacked(content: str) -> str:
-    found = _TextOnly(io.BytesIO(zlib.decompress(base64.b64decode(content)))).load()
-    if not isinstance(found, str):
-        raise TypeError(f"a pickled {type(found).__name__}, not text")
-    return found
-
-
-class _TextOnly(pickle.Unpickler):
-    """A pickle of text names no class; one that does is of something else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it would make {module}.{name}, and text is all that is wanted")
+    """The text in a pickle that has a text and nothing else, read without running the pickle. Raises ValueError."""
+    unpacking = zlib.decompressobj()
+    pickled = unpacking.decompress(base64.b64decode(content), _LARGEST)
+    if unpacking.unconsumed_tail:
+        raise ValueError(f"more than {_LARGEST} bytes")
+    texts = []
+    for operation, argument, _ in pickletools.genops(pickled):
+        if operation.name in _TEXT_OPERATIONS:
+            texts.append(str(argument))
+        elif operation.name not in _OTHER_OPERATIONS:
+            raise ValueError(f"a pickle with {operation.name}, where text is all that is wanted")
+    if len(texts) != 1:
+        raise ValueError(f"a pickle of {len(texts)} texts, where one is wanted")
+    return texts[0]
 
 
 def _function_name(row: Row) -> str:
@@ -153,4 +226,13 @@ def _json(text: str) -> Any:
         raise BadRow(f"a test has {text[:80]!r}, which is no JSON") from None
 
 
-__all__ = ["LeftOut", "codeforces", "livecodebench", "mathematics"]
+__all__ = [
+    "LeftOut",
+    "answer_of",
+    "answered",
+    "codeforces",
+    "date_of",
+    "livecodebench",
+    "mathematics",
+    "programs",
+]

@@ -7,6 +7,7 @@ summary.json    {"plan": .., "benchmarks": {NAME: numbers of `summarize`}, "math
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,11 @@ from typing import Any
 from megatron_flowrl.config import UserError
 from megatron_flowrl.evaluation.diversity import clusters, distinct_finals, distinct_n, self_bleu
 from megatron_flowrl.evaluation.estimates import bootstrap_interval, majority, pass_at_k
+from megatron_flowrl.platform.atomic import write_file
 
 SUMMARY = "summary.json"
+REFUSED = "refused"
+"""`finish_reason` of an answer that a server would not give; it is asked for again."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +40,36 @@ class GradedText:
 
 
 def read_answers(file: Path, *, repair: bool = False) -> list[GradedText]:
-    """Lines of an earlier run. The last may be cut off: with `repair` it is taken off the file, to be written anew."""
+    """Lines of an earlier run; of several of an answer, the last.
+
+    The file's last line may be cut off: with `repair` it is taken off, to be written anew.
+    """
     if not file.exists():
         return []
-    content = file.read_text(encoding="utf-8")
-    whole, _, rest = content.rpartition("\n")
-    if rest and repair:
-        file.write_text(whole + "\n" if whole else "", encoding="utf-8")
     try:
-        return [GradedText(**json.loads(line)) for line in whole.splitlines()]
-    except (ValueError, TypeError) as error:
+        lines = [_graded_text(json.loads(line)) for line in whole_lines(file, repair=repair)]
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{file} has lines that are none of an evaluation's ({error}); give another --output"
         ) from error
+    return [*{(one.id, one.sample): one for one in lines}.values()]
+
+
+def whole_lines(file: Path, *, repair: bool) -> list[str]:
+    """Lines of a file that is appended to; a last one that was cut off is left out, or with `repair` off the file."""
+    whole, _, rest = file.read_text(encoding="utf-8").rpartition("\n")
+    if rest and repair:
+        write_file(file, whole + "\n" if whole else "")
+    return whole.split("\n") if whole else []
+
+
+def _graded_text(line: Any) -> GradedText:
+    one = GradedText(**line)
+    texts = (one.id, one.response, one.finish_reason)
+    good = all(isinstance(text, str) for text in texts) and type(one.sample) is type(one.tokens) is int
+    if not good or not isinstance(one.score, int | float) or not math.isfinite(one.score):
+        raise TypeError("a field is of another kind")
+    return one
 
 
 def summarize(answers: Sequence[GradedText], ids: Sequence[str], correct_from: float) -> dict[str, Any]:
@@ -91,14 +112,18 @@ def summarize(answers: Sequence[GradedText], ids: Sequence[str], correct_from: f
 
 def table(summary: Mapping[str, Any]) -> str:
     """The benchmarks, a line each, as Markdown."""
-    lines = ["| | problems | Avg@n | pass@n | maj@n | tokens | cut off |", "| --- |" + " ---: |" * 6]
+    lines = ["| | problems | Avg@n | pass@n | maj@n | tokens | cut off | not graded |", "| --- |" + " ---: |" * 7]
     for name, of in summary["benchmarks"].items():
         n = of.get("n")
         cells = [str(of["problems"]), *(percent(of, measure) for measure in ("avg", f"pass@{n}", f"maj@{n}"))]
-        cells += [f"{of['tokens_mean']:.0f}", f"{of['truncated_share']:.1%}"] if n else ["", ""]
+        if n:
+            cells += [
+                f"{of['tokens_mean']:.0f}",
+                *(f"{of[share]:.1%}" for share in ("truncated_share", "ungraded_share")),
+            ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     if "math_six" in summary:
-        lines.append(f"| mean of the six | | {100 * summary['math_six']:.1f} | | | | |")
+        lines.append(f"| mean of the six | | {100 * summary['math_six']:.1f} | | | | | |")
     return "\n".join(lines)
 
 

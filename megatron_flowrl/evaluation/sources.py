@@ -19,6 +19,7 @@ from megatron_flowrl.rollout.http import HttpLoop
 from megatron_flowrl.rollout.serve import make_servers
 
 _PAUSE_SECONDS = 0.5
+_HOPELESS = ("HTTP status 401", "HTTP status 403", "HTTP status 404")  # of all prompts alike
 _BUSY = "HTTP status 429"  # of the refusals the one that is worth another attempt
 
 
@@ -153,6 +154,10 @@ class ChatServer:
                 reply = await self._http.post(self._url, body, timeout=self._settings.request_timeout_seconds)
                 return _read_chat(reply, asked, self._url)
             except ReplyError as error:
+                if isinstance(error, Refused) and any(status in str(error) for status in _HOPELESS):
+                    raise UserError(
+                        f"{error}; is --served-model = {self._model!r} its name, and the key right?"
+                    ) from error
                 if isinstance(error, Refused) and _BUSY not in str(error):
                     return Written(asked.problem, asked.sample, "", 0, "stop", f"refused: {error}")
                 if attempt == self._settings.max_retries:

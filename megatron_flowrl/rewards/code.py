@@ -6,6 +6,8 @@ Ground truth, a mapping or its JSON, is one of
     {"entry_point": "add", "calls": [{"args": [3, 4], "expected": 7}, ..]}  calls; Solution.add is called on Solution()
     {"entry_point": "add", "prompt": code, "test": code}                    as HumanEval: check(add), or assertions
 
+"prelude", text, may stand beside them: it goes before the program.
+
 The program is the last fenced block of a response that is Python's or nobody's, to the end where it is not closed; a
 response without a fence is the program. HumanEval's prompt goes before it: so it may go on from there, or define the
 function again. The score is 1 where all tests are passed, else 0, or with reward.code.score=fraction the share of those
@@ -21,16 +23,17 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_flowrl.config.errors import UserError
 from megatron_flowrl.rewards.grader import Grade, Grader, Item, shown
-from megatron_flowrl.rewards.sandbox.library import library_of
-from megatron_flowrl.rewards.sandbox.run import Limits
+from megatron_flowrl.rewards.sandbox.library import Library, library_of
+from megatron_flowrl.rewards.sandbox.run import PYTHON, Jail, JailBroken, Limits
 from megatron_flowrl.rewards.sandbox.server import by_server
 from megatron_flowrl.rewards.sandbox.tests import Verdict, by_calls, by_output
 from megatron_flowrl.rewards.sandbox.walls import checked_walls
 
 if TYPE_CHECKING:
-    from megatron_flowrl.config import RewardConfig
+    from megatron_flowrl.config import CodeConfig, RewardConfig
 
 _FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+.-]*)[^\n]*\n?", re.MULTILINE)
+_START_SECONDS = 1.0  # of a jail, and for its end
 _PYTHON = ("", "python", "py", "python3")
 
 
@@ -46,24 +49,23 @@ def make(settings: RewardConfig) -> Grader:
         memory_bytes=code.memory_mib * 2**20,
         processes=code.processes,
     )
-    if settings.timeout_seconds < code.wall_seconds + 1:
+    if settings.timeout_seconds < code.wall_seconds + _START_SECONDS:
         raise UserError(
             f"reward.timeout_seconds = {settings.timeout_seconds:g} is for all tests of an answer, and "
             f"reward.code.wall_seconds = {code.wall_seconds:g} for one of them: raise the former, or lower the latter"
         )
-    try:
-        library = library_of(code.readable, code.packages)
-    except ValueError as error:
-        raise UserError(f"reward.code.readable or reward.code.packages: {error}") from error
     namespaces = code.server is None and checked_walls(code.unprotected).namespaces
+    library = Library() if code.server is not None else _library(code, limits, namespaces)
+    seconds = settings.timeout_seconds - code.wall_seconds - _START_SECONDS  # what a last test may still begin in
 
     def grade(items: Sequence[Item]) -> list[Grade]:
         return [Grade(score_of(verdict_of(item), code.score)) for item in items]
 
     def verdict_of(item: Item) -> Verdict:
         problem, program = problem_of(item.ground_truth), program_of(item.response)
-        if "prompt" in problem and "from __future__" not in program:  # helpers and imports of the prompt count
-            program = f"{problem['prompt']}\n{program}"
+        if "from __future__" not in program:
+            before = [str(problem[name]) for name in ("prelude", "prompt") if name in problem]
+            program = "\n".join([*before, program])
         if code.server is not None:
             return by_server(code.server, program, problem, limits)
         if "inputs" in problem:
@@ -74,13 +76,30 @@ def make(settings: RewardConfig) -> Grader:
                 limits,
                 namespaces=namespaces,
                 library=library,
+                seconds=seconds,
                 to_the_end=code.score == "fraction",
             )
         given: dict[str, Any] = {name: problem[name] for name in ("calls", "prompt", "test") if name in problem}
         entry = problem["entry_point"]
-        return by_calls(program, given, entry, limits, namespaces=namespaces, library=library)
+        return by_calls(program, given, entry, limits, namespaces=namespaces, library=library, seconds=seconds)
 
     return grade
+
+
+def _library(code: CodeConfig, limits: Limits, namespaces: bool) -> Library:
+    """Of the settings; that the packages can be imported there is tried. Raises UserError."""
+    try:
+        library = library_of(code.readable, code.packages, namespaces=namespaces)
+        if code.packages:
+            command = [PYTHON, "-s", "-c", f"import {', '.join(code.packages)}"]
+            with Jail(command, {}, limits, namespaces=namespaces, library=library) as jail:
+                outcome = jail.run()
+            if outcome.code != 0:
+                said = outcome.errors.decode(errors="replace").strip().rpartition("\n")[2]
+                raise ValueError(f"{', '.join(code.packages)} cannot be imported in a jail: {outcome.reason or said}")
+    except (ValueError, JailBroken) as error:
+        raise UserError(f"reward.code.readable or reward.code.packages: {error}") from error
+    return library
 
 
 def check_ground_truth(ground_truth: Any, row: Mapping[str, Any] | None = None) -> str | None:

@@ -2,8 +2,9 @@
 
 Ground truth: the right answer as text, in LaTeX or plain (`\\frac{14}{3}`, `$x=2$`, `18`), or as a number. The score is
 1.0 or 0.0; the key is the answer that was found, in one notation where it is a rational number, and as it was written,
-without spaces, where it is not. Which answer is found is math-verify's choice: after "final answer is", the last
-\\boxed, the last formula, the last number; several \\boxed that only a comma, "and" or "or" separates are a set.
+without spaces, where it is not. 40_9 and 40 are two numbers. Which answer is found is math-verify's choice: after
+"final answer is", the last \\boxed, the last formula, the last number; several \\boxed that only a comma, "and" or "or" separates are
+a set.
 
 math-verify's own time limits are off: they use SIGALRM, and what they cut off would count as wrong. A pool's time limit
 ends the process, and the answer counts as one that could not be graded. Call this grader in a pool only.
@@ -12,6 +13,7 @@ ends the process, and the answer counts as one that could not be graded. Call th
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -28,6 +30,7 @@ READ_CHARACTERS = 50_000
 """The end of a response that is searched for the answer."""
 
 _LONGEST_NUMBER = 60
+_IN_BASE = re.compile(r"-?[0-9A-Za-z]+_\{?(?:\\(?:text|mathrm)\{)?(?P<base>\d+)\}*")
 
 
 def make(settings: RewardConfig) -> Grader:
@@ -63,7 +66,8 @@ def _grade(library: ModuleType, gold: Any, item: Item) -> Grade:
     found = _parse(library, item.response[-READ_CHARACTERS:])
     if not found:
         return Grade(0.0)
-    return Grade(1.0 if library.verify(right, found, timeout_seconds=None) else 0.0, _key(found))
+    equal = library.verify(right, found, timeout_seconds=None) and _base(right) == _base(found)
+    return Grade(float(equal), _key(found))
 
 
 def _parse(library: ModuleType, text: str) -> list[Any]:
@@ -79,9 +83,19 @@ def _parse_gold(library: ModuleType, text: str) -> list[Any]:
     return next(filter(None, map(partial(_parse, library), marked)), [])
 
 
-def _key(found: list[Any]) -> str | None:
+def _text_of(found: list[Any]) -> str:
     """The text as math-verify found it is the last of what it gives, where it gives one."""
-    text = next(("".join(one.split()) for one in reversed(found) if isinstance(one, str)), "")
+    return next(("".join(one.split()) for one in reversed(found) if isinstance(one, str)), "")
+
+
+def _base(found: list[Any]) -> str | None:
+    """Of a number as 40_9, the 9, which math-verify passes over."""
+    match = _IN_BASE.fullmatch(_text_of(found).strip("$"))
+    return match["base"] if match else None
+
+
+def _key(found: list[Any]) -> str | None:
+    text = _text_of(found)
     return _rational(found[0]) or _decimal(text) or text or None
 
 

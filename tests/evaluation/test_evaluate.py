@@ -92,6 +92,104 @@ def test_what_a_server_refuses_is_counted_and_the_rest_goes_on(chat: tuple[Chat,
     assert "refused: " in refused["problem"] and "HTTP status 400" in refused["problem"] and refused["score"] == 0.0
 
 
+def test_a_name_that_the_server_does_not_know_ends_it(
+    chat: tuple[Chat, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    behind, url = chat
+    behind.statuses = [404] * 100
+    with pytest.raises(SystemExit):
+        run(url, tmp_path, "--n", "2")
+    assert "is --served-model = 'm' its name, and the key right?" in capsys.readouterr().err
+    behind.statuses = []
+    assert run(url, tmp_path, "--n", "1")["benchmarks"]["math500"]["avg"] == 1.0
+
+
+def test_what_was_refused_is_asked_again_and_what_was_not_graded_is_graded_again(
+    chat: tuple[Chat, str], tmp_path: Path
+) -> None:
+    behind, url = chat
+    behind.statuses = [400]
+    assert run(url, tmp_path, "--n", "1")["benchmarks"]["math500"]["ungraded_share"] == 0.5
+    file = tmp_path / "out" / "math500.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        if line["problem"] is None:  # as where its grading had taken too long
+            line |= {"problem": "time limit", "score": 0.0, "key": None}
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    asked = len(behind.asked)
+    found = run(url, tmp_path, "--n", "1")["benchmarks"]["math500"]
+    assert (found["avg"], found["ungraded_share"], len(behind.asked) - asked) == (1.0, 0.0, 1)
+    assert len(file.read_text().splitlines()) == 4  # two more, which count
+    run(url, tmp_path, "--n", "1")
+    assert len(behind.asked) - asked == 1
+
+
+def test_another_benchmark_in_the_same_folder(chat: tuple[Chat, str], tmp_path: Path) -> None:
+    _, url = chat
+    run(url, tmp_path, "--n", "1")
+    data = f"aime24={rows_file(tmp_path)}"
+    given = ["--data", data, "--server", url, "--served-model", "m", "--output", str(tmp_path / "out"), "--n", "1"]
+    main(["evaluate", "aime24", *given, "reward.workers=1"])
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {*summary["benchmarks"]} == {"math500", "aime24"}
+
+
+def test_a_plan_without_answers_may_be_changed(chat: tuple[Chat, str], tmp_path: Path) -> None:
+    behind, url = chat
+    behind.fail_from = 0
+    with pytest.raises(SystemExit):
+        run(url, tmp_path, "--n", "1")
+    (tmp_path / "out" / "math500.jsonl").unlink()
+    behind.fail_from = None
+    assert run(url, tmp_path, "--n", "2")["benchmarks"]["math500"]["n"] == 2
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"problems": 1}'])
+def test_settings_that_are_none(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "settings.json").write_text(content)
+    (output / "math500.jsonl").write_text("")
+    with pytest.raises(SystemExit):
+        run("http://x", tmp_path)
+    assert "settings.json cannot be read" in capsys.readouterr().err
+
+
+def test_an_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(SystemExit):
+        run("http://x", tmp_path)
+    assert "out is a file; name a folder" in capsys.readouterr().err
+
+
+def test_a_rating(chat: tuple[Chat, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two attempts, the first of which fails: 500 - 50 points, between the two humans' 600 and 400, at rank 2."""
+    behind, url = chat
+    behind.says = ["print(0)", "print(2)"]
+    humans = [{"rating": 2000, "points": 600}, {"rating": 1000, "points": 400}]
+    (tmp_path / "7.json").write_text(json.dumps({"problems": {"A": 500, "B": 1000}, "standings": humans}))
+    (tmp_path / "ratings.json").write_text("[800, 1400, 1600, 2400]")
+    rows = rows_file(tmp_path, [{"problem": "add", "inputs": ["1"], "outputs": ["2"], "contest": "7", "index": "A"}])
+    given = ["--data", f"codeforces={rows}", "--server", url, "--served-model", "m", "--output", str(tmp_path / "out")]
+    main(["evaluate", "codeforces", *given, "--n", "2", "--contests", str(tmp_path), "rollout.max_num_seqs=1"])
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())["benchmarks"]["codeforces"]
+    assert found["avg"] == 0.5
+    assert found["rating"] == pytest.approx(1500, abs=0.01) and found["percentile"] == 50.0
+    assert found["rating_not_asked"] == 1
+    assert "1 problems of the rated contests were not asked" in capsys.readouterr().err
+
+
+def test_a_test_of_humaneval_plus_may_import_numpy(chat: tuple[Chat, str], tmp_path: Path) -> None:
+    behind, url = chat
+    behind.says = ["def f(x):\n    return x"]
+    test = "import numpy as np\ndef check(candidate):\n    assert np.allclose(candidate(1.0), 1.0)\n"
+    rows = rows_file(tmp_path, [{"prompt": "def f(x):\n    pass\n", "entry_point": "f", "test": test}])
+    given = ["--data", f"humaneval+={rows}", "--server", url, "--served-model", "m", "--output", str(tmp_path / "out")]
+    main(["evaluate", "humaneval+", *given, "--n", "1", "reward.workers=1"])
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())["benchmarks"]["humaneval+"]
+    assert (found["avg"], found["ungraded_share"]) == (1.0, 0.0)
+
+
 def test_a_rating_needs_contests_that_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     problem = {"problem": "add", "inputs": ["1"], "outputs": ["2"], "contest": "7", "index": "B"}
     given = ["--server", "http://x", "--served-model", "m", "--output", str(tmp_path / "out")]
@@ -133,6 +231,7 @@ def test_a_key_is_sent(chat: tuple[Chat, str], tmp_path: Path, monkeypatch: pyte
         (["math500", "--template", "{problem}!"], "--template is for a file of yours"),
         (["gone.jsonl"], "input file 'gone.jsonl' does not exist"),
         (["gone.jsonl", "--template", "?"], "--template '?' has no {problem}"),
+        (["math500", "--contests", "."], "--contests is given, and no problem has a contest"),
         (["math500", "some/math500.jsonl"], "two of what is to be evaluated would be called math500"),
         (["math500", "--api-key-variable", "NONE_SUCH"], "the environment has no NONE_SUCH"),
         (["math500", "optimizer.lr=1"], "does not read optimizer.lr"),
@@ -190,7 +289,7 @@ def test_the_forms_of_rows(tmp_path: Path) -> None:
     assert len(BENCHMARKS) == 11
 
 
-def test_a_file_of_ones_own(chat: tuple[Chat, str], tmp_path: Path) -> None:
+def test_a_file_of_ones_own(chat: tuple[Chat, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     behind, url = chat
     file = tmp_path / "own.jsonl"
     rows = [{"prompt": [{"role": "user", "content": "1 + 1"}], "reward_model": {"ground_truth": "2"}}]
@@ -204,6 +303,7 @@ def test_a_file_of_ones_own(chat: tuple[Chat, str], tmp_path: Path) -> None:
     assert len(behind.asked) == 2
     with pytest.raises(SystemExit):
         main([*given, "--n", "2", "--template", "Compute {problem} in \\boxed{}", "reward.grader=exact"])
+    assert "has answers of another evaluation (another grading of own)" in capsys.readouterr().err
 
 
 def test_a_summary_by_hand() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_flowrl.cli import main
-from megatron_flowrl.evaluation.judge import score_of
+from megatron_flowrl.evaluation.judge import judged_numbers, score_of
 from tests.evaluation.conftest import Chat
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
@@ -84,3 +84,43 @@ def test_a_file_without_answers(tmp_path: Path, capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         main(["judge", str(tmp_path / "gone.jsonl"), "--server", "http://x", "--served-model", "m"])
     assert "has no answers; megatron-flowrl evaluate writes such files" in capsys.readouterr().err
+
+
+def test_another_judge_and_other_answers_are_judged_anew(
+    chat: tuple[Chat, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    behind, url = chat
+    file = answers_file(tmp_path)
+    behind.says = ["Score: 1"] * 3
+    assert judged(url, file, capsys)["diversity"] == 1.0
+    behind.says = ["Score: 5"] * 3
+    main(["judge", str(file), "--server", url, "--served-model", "another"])
+    assert json.loads(capsys.readouterr().out)["diversity"] == 5.0
+    assert judged_numbers(file)["diversity"] == 5.0  # the judge who spoke last
+    file.write_text(file.read_text().replace("answer 1 to p", "another answer to p"))
+    assert judged_numbers(file)["judged"] == 2
+    behind.says = ["Score: 4"]
+    assert judged(url, file, capsys)["diversity"] == 2.0 and len(behind.asked) == 7
+
+
+def test_a_line_that_was_cut_off_swallows_no_other(
+    chat: tuple[Chat, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    behind, url = chat
+    file, said = answers_file(tmp_path), tmp_path / "math500.judged.jsonl"
+    said.write_text('{"id": "p", "sco')
+    behind.says = ["Score: 3"] * 3
+    assert judged(url, file, capsys)["judged"] == 3
+    assert judged_numbers(file)["judged"] == 3 and len(said.read_text().splitlines()) == 3
+    said.write_text("[]\n")
+    with pytest.raises(SystemExit):
+        main(["judge", str(file), "--server", url, "--served-model", "m"])
+    assert "has lines that are none of a judge's" in capsys.readouterr().err
+
+
+def test_where_nobody_gives_a_score(chat: tuple[Chat, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    behind, url = chat
+    behind.says = ["Hm."] * 3
+    assert judged(url, answers_file(tmp_path), capsys) == {
+        "judged": 0, "not_judged": 3, "diversity": None, "interval": None,
+    }  # fmt: skip

@@ -16,6 +16,7 @@ from megatron_flowrl.rewards.code import program_of
 from megatron_flowrl.rewards.find import check_ground_truth, make_grader
 from megatron_flowrl.rewards.grader import Grade, Item
 from megatron_flowrl.rewards.pool import GraderPool
+from megatron_flowrl.rewards.sandbox.library import library_of
 from megatron_flowrl.rewards.sandbox.run import PYTHON, Jail, JailBroken, Limits
 from megatron_flowrl.rewards.sandbox.walls import walls
 
@@ -112,6 +113,57 @@ def test_packages_of_this_environment_and_nothing_beside_them(tmp_path: Path, mo
     assert score(another, OUTPUT, packages=("one_package",)) == 0.0
     with pytest.raises(UserError, match=r"reward\.code\.packages: 'nonesuch' is no package of this environment"):
         score(one, OUTPUT, packages=("nonesuch",))
+
+
+def test_a_limit_is_of_a_call_and_not_of_all_calls_together() -> None:
+    slow = "import time\n\ndef wait(x):\n    time.sleep(x)\n    return x"
+    calls = [{"args": [0.4], "expected": 0.4}] * 5
+    assert score(slow, {"entry_point": "wait", "calls": calls}, wall_seconds=1.0) == 1.0
+    calls = [*calls[:2], {"args": [4], "expected": 4}]
+    assert score(slow, {"entry_point": "wait", "calls": calls}, wall_seconds=1.0) == 0.0
+    assert score(slow, {"entry_point": "wait", "calls": calls}, wall_seconds=1.0, score="fraction") == 2 / 3
+
+
+def test_all_tests_together_end_before_their_time_limit() -> None:
+    """So that a program that is slow in every test is wrong, and not one that could not be graded."""
+    slow = "import time\ntime.sleep(0.7)\nprint(input())"
+    truth = {"inputs": ["1"] * 20, "outputs": ["1"] * 20}
+    code = CodeConfig(wall_seconds=2.0, score="fraction")
+    (grade,) = make_grader(RewardConfig(grader="code", timeout_seconds=6.0, code=code))([Item(slow, truth)])
+    assert grade.problem is None and 0.0 < grade.score <= 6 / 20
+
+
+def test_a_prelude_goes_before_a_program() -> None:
+    truth = {"inputs": ["[1, 2]", "[5]"], "outputs": ["3", "5"], "prelude": "from json import *"}
+    assert score("print(sum(loads(input())))", truth) == 1.0
+    assert score("print(sum(loads(input())))", {**truth, "prelude": ""}) == 0.0
+
+
+def test_nothing_of_ours_is_in_a_programs_compilation() -> None:
+    truth = {"entry_point": "f", "calls": [{"args": [1], "expected": 1}]}
+    assert score("def f(x: int):\n    return x", truth) == 1.0
+    assert score("def f(x: NoSuch):\n    return x", truth) == 0.0  # as Python has it without a future import
+
+
+def test_a_package_that_cannot_be_imported_in_a_jail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "needs_another").mkdir()
+    (tmp_path / "needs_another" / "__init__.py").write_text("import megatron_flowrl")
+    tmp_path.chmod(0o755)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=r"needs_another cannot be imported in a jail: .*No module named"):
+        score("print(3)", OUTPUT, packages=("needs_another",))
+
+
+def test_without_namespaces_only_installed_packages_can_be_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a_package").mkdir()
+    (tmp_path / "a_package" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert library_of((), ("a_package",), namespaces=True).paths == (str(tmp_path),)
+    with pytest.raises(ValueError, match="all of which programs could read without namespaces"):
+        library_of((), ("a_package",), namespaces=False)
+    assert [Path(path).name for path in library_of((), ("numpy",), namespaces=False).folders][:1] == ["numpy"]
 
 
 def test_a_test_that_needs_numpy() -> None:

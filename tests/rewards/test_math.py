@@ -76,6 +76,22 @@ def test_ground_truths_that_are_none(gold: Any, math_pool: GraderPool) -> None:
     assert grade.problem == f"ValueError: {problem}"
 
 
+@pytest.mark.parametrize(
+    ("said", "gold", "score"),
+    [
+        ("40_9", "40_9", 1.0),
+        ("40_{9}", "40_9", 1.0),
+        ("40_{\\text{9}}", "40_9", 1.0),
+        ("40", "40_9", 0.0),
+        ("40_9", "40", 0.0),
+        ("40_8", "40_9", 0.0),
+    ],
+)
+def test_a_base_is_part_of_a_number(said: str, gold: str, score: float, math_pool: GraderPool) -> None:
+    (grade,) = math_pool.grade([Item(f"\\boxed{{{said}}}", gold)])
+    assert (grade.score, grade.problem) == (score, None)
+
+
 @pytest.mark.parametrize("gold", ["5", "\\frac12", 5, 0.5])
 def test_ground_truths_that_are_good(gold: Any) -> None:
     assert check_ground_truth("math", gold) is None

@@ -65,7 +65,7 @@ def _answer(channel: tuple[TextIO, TextIO], entry: str) -> None:
     failed = None
     try:
         with open("answer.py", encoding="utf-8", errors="surrogatepass") as file:
-            exec(compile(file.read(), "answer.py", "exec"), module.__dict__)
+            exec(compile(file.read(), "answer.py", "exec", dont_inherit=True), module.__dict__)
     except BaseException as error:
         failed = _error(error)
     for line in channel[0]:
@@ -119,9 +119,9 @@ def _test(channel: tuple[TextIO, TextIO], entry: str) -> None:
     else:
         space: dict[str, Any] = {"__name__": "test"}
         try:
-            exec(compile(given["prompt"], "prompt", "exec"), space)
+            exec(compile(given["prompt"], "prompt", "exec", dont_inherit=True), space)
             space[entry] = candidate
-            exec(compile(given["test"], "test", "exec"), space)
+            exec(compile(given["test"], "test", "exec", dont_inherit=True), space)
             if "check" in space:
                 space["check"](candidate)
             passed = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import selectors
@@ -40,17 +41,20 @@ def by_output(
     *,
     namespaces: bool,
     library: Library = _NOTHING,
+    seconds: float = math.inf,
     to_the_end: bool = True,
 ) -> Verdict:
     """Run the program on each (input, output), each time anew; without `to_the_end`, to the first that fails.
 
-    Raises JailBroken.
+    After `seconds` no test is begun, and those that are left are not passed. Raises JailBroken.
 
     Lines count without spaces at their ends and empty lines at the end of all, and as the same where they differ only
     in how numbers of the same value are written. What is expected stays in this process.
     """
-    passed, why = 0, ""
+    passed, why, began = 0, "", time.monotonic()
     for number, (given, expected) in enumerate(tests):
+        if time.monotonic() - began > seconds:
+            return Verdict(passed, len(tests), why or f"test {number}: time limit of all tests")
         with Jail(_python("answer.py"), {"answer.py": program}, limits, namespaces=namespaces, library=library) as jail:
             outcome = jail.run(given.encode("utf-8", "surrogatepass"))
         problem = outcome.reason
@@ -74,50 +78,55 @@ def by_calls(
     *,
     namespaces: bool,
     library: Library = _NOTHING,
+    seconds: float = math.inf,
 ) -> Verdict:
     """Call `entry` of the program, `f` or `Class.f`, from a test in a jail of its own. Raises JailBroken.
 
     given is {"calls": [{"args": [..], "expected": v}, ..]}, or {"prompt": code, "test": code} where test has
-    assertions, or a function `check` that is given the function to be tested. The limits are those of either process,
-    and of all calls together.
+    assertions, or a function `check` that is given the function to be tested. The limits are those of a call, or of
+    such a test as a whole; all calls together may take `seconds` and what one may take.
     """
+    count = len(given.get("calls", "x"))
+    together = min(count * limits.wall_seconds, seconds + limits.wall_seconds)
+    of_all = replace(limits, cpu_seconds=count * limits.cpu_seconds, wall_seconds=together)
     inside = {name: (HERE / file).read_text() for name, file in _INSIDE.items()}
     of_test = {**inside, "given.json": json.dumps(_encoded(given))}
     with (
         Jail(
             _python("inside.py", "answer", entry),
             {**inside, "answer.py": program},
-            limits,
+            of_all,
             namespaces=namespaces,
             library=library,
         ) as answer,
         Jail(
             _python("inside.py", "test", entry),
             of_test,
-            replace(limits, wall_seconds=limits.wall_seconds + 2),
+            replace(of_all, wall_seconds=together + 2),
             namespaces=namespaces,
             library=library,
         ) as test,
     ):
-        deadline = time.monotonic() + limits.wall_seconds + 1
+        deadline = time.monotonic() + together + 1
         asking, asked = _Lines(test, deadline), _Lines(answer, deadline)
         gone = ""
         while True:
             line = asking.read()
             if line is None:
-                return Verdict(0, len(given.get("calls", "x")), gone or _end_of(test, deadline))
+                return Verdict(0, count, gone or _end_of(test, deadline))
             message = _message(line)
             if "broken" in message:
                 raise JailBroken(f"the test cannot be run: {message['broken']}")
             if "verdict" in message:
                 passed, of, why = message["verdict"]
                 return Verdict(int(passed), int(of), gone or str(why))
-            reply = asked.ask(line) if not gone else None
+            until = min(deadline, time.monotonic() + limits.wall_seconds + 1)
+            reply = asked.ask(line, until) if not gone else None
             if reply is None:
-                gone = gone or f"the answer's process: {_end_of(answer, deadline)}"
+                gone = gone or f"the answer's process: {_end_of(answer, until)}"
                 reply = json.dumps({"error": ["RuntimeError", gone]}).encode() + b"\n"
             if not asking.write(reply):
-                return Verdict(0, len(given.get("calls", "x")), gone or _end_of(test, deadline))
+                return Verdict(0, count, gone or _end_of(test, deadline))
 
 
 def _encoded(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,8 +189,9 @@ class _Lines:
         self._deadline, self._received = deadline, bytearray()
         os.set_blocking(self._input, False)
 
-    def ask(self, line: bytes) -> bytes | None:
-        """A line to it, and one from it; None where there is none."""
+    def ask(self, line: bytes, deadline: float) -> bytes | None:
+        """A line to it, and one from it, by another deadline; None where there is none."""
+        self._deadline = deadline
         return self.read() if self.write(line) else None
 
     def write(self, line: bytes) -> bool:
