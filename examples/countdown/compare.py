@@ -31,8 +31,8 @@ COLUMNS = {
 
 # Longer than the demo: what maximising reward does to the ways of solving shows with time. And from a start that makes
 # fewer slips, which cost most whoever keeps all ways.
-_WARM_START = ("run.steps=5000", "optimizer.lr_decay_iters=5000")
-_OF_ALL = ("run.steps=100", "optimizer.lr_decay_iters=100", "evaluation.interval=50", "checkpoint.save_interval=50")
+_WARM_START = ("run.steps=8000", "optimizer.lr_decay_iters=8000")
+_OF_ALL = ("run.steps=60", "optimizer.lr_decay_iters=60", "evaluation.interval=30", "checkpoint.save_interval=30")
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-BETA = 6.0
+BETA = 8.0
 _TARGET = (f"flowrl.beta={BETA}", "flowrl.reward=group_mean", "log_z.lr=1e-3")
 METHODS: Mapping[str, tuple[str, ...]] = {
     "flowrl_exact": ("objective.preset=exact", *_TARGET, "flowrl.residual_limit=4"),

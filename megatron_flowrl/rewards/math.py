@@ -3,8 +3,8 @@
 Ground truth: the right answer as text, in LaTeX or plain (`\\frac{14}{3}`, `$x=2$`, `18`), or as a number. The score is
 1.0 or 0.0; the key is the answer that was found, in one notation where it is a rational number, and as it was written,
 without spaces, where it is not. 40_9 and 40 are two numbers. Which answer is found is math-verify's choice: after
-"final answer is", the last \\boxed, the last formula, the last number; several \\boxed that only a comma, "and" or "or" separates are
-a set.
+"final answer is", the last \\boxed, the last formula, the last number; several \\boxed that only a comma, "and" or "or"
+separates are a set.
 
 math-verify's own time limits are off: they use SIGALRM, and what they cut off would count as wrong. A pool's time limit
 ends the process, and the answer counts as one that could not be graded. Call this grader in a pool only.
