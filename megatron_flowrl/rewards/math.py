@@ -30,7 +30,7 @@ READ_CHARACTERS = 50_000
 """The end of a response that is searched for the answer."""
 
 _LONGEST_NUMBER = 60
-_IN_BASE = re.compile(r"-?[0-9A-Za-z]+_\{?(?:\\(?:text|mathrm)\{)?(?P<base>\d+)\}*")
+_IN_BASE = re.compile(r"-?[0-9A-Za-z]+_\{?(?P<base>\d+)\}?")
 
 
 def make(settings: RewardConfig) -> Grader:
