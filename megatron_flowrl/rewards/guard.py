@@ -78,7 +78,8 @@ def _watch(channel: socket.socket, parent: int, grading: int) -> int:
 def main(descriptor: int, parent: int, settings: str, path: list[str]) -> int:
     """What the module says."""
     channel = socket.socket(fileno=descriptor)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):  # they are the trainer's; what is started here inherits this
+        signal.signal(number, signal.SIG_IGN)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     guard = os.getpid()
     grading = os.fork()

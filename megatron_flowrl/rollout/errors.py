@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_flowrl.config import UserError
+from megatron_flowrl.config import SharedUserError, UserError
 
 
 class ServerError(UserError):
@@ -23,3 +23,7 @@ class Unreachable(ReplyError):
 
 class BadReply(ReplyError):
     """A reply came, but of a server that failed (HTTP 5xx), or not in the form that was agreed."""
+
+
+class Interrupted(SharedUserError):
+    """Rank 0 was asked to end the run while it waited for servers; every rank raises it."""

@@ -109,6 +109,7 @@ def _guard(grace_seconds: float, command: list[str], environment: dict[str, str]
 
     for number in _STOP_SIGNALS:
         signal.signal(number, stop)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a cluster's notice is the trainer's; the server inherits this
     try:
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, env=environment)
     except OSError as error:

@@ -26,6 +26,7 @@ from megatron_flowrl.model.build import ParallelModel
 from megatron_flowrl.observe.log import logger
 from megatron_flowrl.platform.distributed import World, together
 from megatron_flowrl.rollout.control import ServerControl
+from megatron_flowrl.rollout.errors import Interrupted
 from megatron_flowrl.rollout.fleet import Fleet, Generation, make_fleet
 from megatron_flowrl.rollout.generation import Answer, Job, Sampling
 from megatron_flowrl.rollout.http import HttpLoop
@@ -35,6 +36,7 @@ from megatron_flowrl.rollout.transfer.base import TransferTimes, Troubles
 from megatron_flowrl.rollout.transfer.select import make_transfer
 
 _SAY_SECONDS = 20.0  # rank 0 says something at least so often
+_LOOK_SECONDS = 0.5  # and looks so often whether the run is to end
 _SILENCE_SECONDS = 1800.0  # what the others stand of it, beside the time limits of the settings
 
 
@@ -45,6 +47,7 @@ class _Next(Enum):
     SEND = "send"  # a transfer
     DONE = "done"
     FAIL = "fail"
+    END = "end"  # the run is to end
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,21 @@ class Sampler:
     """All ranks construct it together; close it, or use it as a context manager.
 
     `companions` is the folder with config.json of the model. Servers that are started here begin with random weights,
-    and need no others there: the first `sync` brings them, and `begin` refuses before it.
+    and need no others there: the first `sync` brings them, and `begin` refuses before it. Where `is_to_end` says so on
+    rank 0, waiting ends with Interrupted on every rank.
     """
 
-    def __init__(self, config: Config, world: World, model: ParallelModel, companions: Path, logs: Path) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        model: ParallelModel,
+        companions: Path,
+        logs: Path,
+        is_to_end: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._config, rollout = config, config.rollout
+        self._is_to_end = is_to_end
         silence = _SILENCE_SECONDS + rollout.start_timeout_seconds + 4 * rollout.transfer_timeout_seconds
         self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=silence))
         self._http: HttpLoop | None = None
@@ -128,8 +141,8 @@ class Sampler:
         else:
             with self._leading():
                 while count == 0:
-                    while not fleet.wait_for_running(_SAY_SECONDS):
-                        self._say(_Next.WAIT, None)
+                    while not fleet.wait_for_running(_LOOK_SECONDS):
+                        self._wait()
                     self._send_to(fleet, [s for s in fleet.running() if s.weight_version != version], version)
                     count = sum(server.weight_version == version for server in fleet.running())
         self._asleep, self._synced = False, version
@@ -166,12 +179,15 @@ class Sampler:
             return []
         with self._leading(), generation:
             while not generation.ended:
-                answer = generation.next(timeout=_SAY_SECONDS)
+                answer = generation.next(timeout=_LOOK_SECONDS)
                 if answer is not None:
                     pending.answers[answer.prompt_index, answer.sample_index] = answer
                     on_answer(answer)
-                if answer is None or time.monotonic() - self._last_said > _SAY_SECONDS:
-                    self._send_to(fleet, fleet.stale(), fleet.version)
+                stale = fleet.stale() if answer is None or self._is_silent() else []
+                if stale:
+                    self._send_to(fleet, stale, fleet.version)
+                else:
+                    self._wait()
         return [pending.answers[key] for key in sorted(pending.answers)]
 
     def generate(
@@ -235,6 +251,16 @@ class Sampler:
         fleet.resume(_without(servers, troubles), version)
         _give_up(fleet, servers, troubles)
 
+    def _wait(self) -> None:
+        """Rank 0: where there is nothing to do. A sign of life, if it is time; raises Interrupted."""
+        if self._is_to_end():
+            raise Interrupted("the run was asked to end while it waited for servers")
+        if self._is_silent():
+            self._say(_Next.WAIT, None)
+
+    def _is_silent(self) -> bool:
+        return time.monotonic() - self._last_said > _SAY_SECONDS
+
     def _pause(self, fleet: Fleet, servers: Sequence[ServerControl]) -> Troubles:
         """Rank 0: have servers paused, which may take as long as an answer, with signs of life meanwhile."""
         pausing = fleet.pause(servers, abort=self._config.generation.in_flight_at_sync == "abort")
@@ -256,6 +282,8 @@ class Sampler:
                     self._transfer.send([], str(content))
             elif what is _Next.FAIL:
                 raise SharedUserError(*content)
+            elif what is _Next.END:
+                raise Interrupted(*content)
             elif what is _Next.DONE:
                 return
 
@@ -264,6 +292,9 @@ class Sampler:
         """Rank 0: tell the others how it ended."""
         try:
             yield
+        except Interrupted as error:
+            self._say(_Next.END, error.problems)
+            raise
         except BaseException as error:
             problems = error.problems if isinstance(error, UserError) else (f"rank 0 has stopped: {error!r}",)
             # Within a transfer the others listen only where they have met the same error.

@@ -65,6 +65,7 @@ class Answers:
         model: ParallelModel,
         tokenizer: Callable[[], Tokenizer],
         logs: Path,
+        is_to_end: Callable[[], bool],
     ) -> None:
         config = session.config
         self._config, self._world, self._tokenizer = config, session.world, tokenizer
@@ -75,7 +76,7 @@ class Answers:
             if session.world.rank == 0:
                 self._pool = GraderPool(config.reward)
         try:
-            self._sampler = Sampler(config, session.world, model, session.folder.hugging_face, logs)
+            self._sampler = Sampler(config, session.world, model, session.folder.hugging_face, logs, is_to_end)
         except BaseException:
             if self._pool is not None:
                 self._pool.close()
@@ -98,7 +99,7 @@ class Answers:
         """n answers to each prompt by the weights as they are now, whose name is `version`; prompt by prompt.
 
         All ranks call it together; the others than rank 0 get an empty list. Raises SharedUserError where nothing can
-        be sampled or graded any more.
+        be sampled or graded any more, and Interrupted where the run is to end.
         """
         if version != self._version:
             with timed("weight_sync"):

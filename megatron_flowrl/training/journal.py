@@ -118,6 +118,14 @@ class Journal:
             for writer in self._writers.values():
                 writer.wait()
 
+    def end(self, step: int, position: int) -> None:
+        """The run is to end after `step`, before its last: save what is not saved yet, and wait until it is written."""
+        if step > 0:
+            self.save(step, position, last=True, reward=None)
+        logger.warning(
+            "ended after step %d of %d, as was asked; the same command goes on from there", step, self._config.run.steps
+        )
+
     @property
     def saved(self) -> int:
         """The step of the newest checkpoint that this start has finished; 0 where there is none."""

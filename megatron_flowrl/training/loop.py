@@ -7,19 +7,21 @@ evaluated, recorded and saved, and streamed to the sampler for the next step.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from megatron_flowrl.config import Config
 from megatron_flowrl.observe.log import logger, progress
 from megatron_flowrl.observe.profile import profiled
 from megatron_flowrl.observe.timers import Timers
 from megatron_flowrl.platform.distributed import World, alike
+from megatron_flowrl.rollout.errors import Interrupted
 from megatron_flowrl.training.answers import Answers
 from megatron_flowrl.training.evaluate import Evaluator
 from megatron_flowrl.training.experience import gather_experience
 from megatron_flowrl.training.inputs import Inputs, read_inputs
 from megatron_flowrl.training.journal import POSITION, Journal, RunFolder
 from megatron_flowrl.training.measures import Measures
+from megatron_flowrl.training.notice import Notice
 from megatron_flowrl.training.rollouts import Rollouts, check_replay
 from megatron_flowrl.training.session import Session, prepared
 from megatron_flowrl.training.trainer import Trainer, mini_batches
@@ -27,7 +29,7 @@ from megatron_flowrl.training.trainer import Trainer, mini_batches
 
 def train(config: Config, world: World) -> None:
     """Train a policy as the configuration says, from where the run's folder says. Raises UserError."""
-    with prepared(config, world) as session, ExitStack() as stack:
+    with prepared(config, world) as session, Notice(session.platform.device) as notice, ExitStack() as stack:
         inputs = read_inputs(session, RunFolder(config).logs)
         journal = Journal(session, critic=inputs.objective.needs.values)
         trainer = Trainer(
@@ -41,14 +43,16 @@ def train(config: Config, world: World) -> None:
         with journal:
             if steps:
                 check_replay(config, steps)
-                answers = _answers(session, inputs, trainer, journal.folder, stack)
-                _train(session, inputs, trainer, answers, journal, steps, place.progress[POSITION])
+                answers = _answers(session, inputs, trainer, journal.folder, notice, stack)
+                _train(session, inputs, trainer, answers, journal, notice, steps, place.progress[POSITION])
 
 
-def _answers(session: Session, inputs: Inputs, trainer: Trainer, folder: RunFolder, stack: ExitStack) -> Answers | None:
+def _answers(
+    session: Session, inputs: Inputs, trainer: Trainer, folder: RunFolder, notice: Notice, stack: ExitStack
+) -> Answers | None:
     if inputs.prompts is None:
         return None
-    answers = Answers(session, trainer.model, inputs.tokenizer, folder.logs)
+    answers = Answers(session, trainer.model, inputs.tokenizer, folder.logs, notice.given)
     stack.callback(answers.close)
     answers.start()
     return answers
@@ -60,6 +64,7 @@ def _train(
     trainer: Trainer,
     answers: Answers | None,
     journal: Journal,
+    notice: Notice,
     steps: range,
     position: int,
 ) -> None:
@@ -78,11 +83,16 @@ def _train(
     timers = Timers(session.platform.synchronize)
     measures = Measures(session, inputs, steps)
     if evaluator is not None and steps[0] == 1:
-        journal.record(0, evaluator(0, timers))
+        with suppress(Interrupted):  # the first step will say so, too
+            journal.record(0, evaluator(0, timers))
     timers.reset()
     for step in steps:
         with profiled(config.tracking, step, rank, journal.folder.root):
-            rollout = rollouts.take(step, position, timers)
+            try:
+                rollout = rollouts.take(step, position, timers)
+            except Interrupted:
+                journal.end(step - 1, position)
+                return
             if answers is not None:
                 answers.rest()
             with alike():
@@ -93,11 +103,17 @@ def _train(
             with progress(config.logging, rank, len({*shares}), f"update {step}") as advance:
                 trained = trainer.step(step, experience, shares, timers, advance)
         position = rollout.next_position
-        evaluated = evaluator(step, timers) if evaluator is not None and evaluator.due(step) else {}
+        ending, evaluated = notice.everywhere(), {}
+        if evaluator is not None and evaluator.due(step) and not ending:
+            with suppress(Interrupted):
+                evaluated = evaluator(step, timers)
         metrics = {**measures.of_step(rollout, experience.sequences, trained, answers, timers), **evaluated}
         journal.record(step, metrics, measures.histograms(rollout, trained), measures.samples(rollout))
         logger.info(measures.line(step, metrics))
         timers.reset()  # what follows is of the next step
+        if ending or notice.everywhere():
+            journal.end(step, position)
+            return
         with timers("save"):
             journal.save(step, position, last=step == config.run.steps, reward=evaluated.get("evaluation/reward_mean"))
             rollouts.prune(journal.saved)

@@ -17,6 +17,7 @@ from megatron_flowrl.training.experience import Experience, score
 from megatron_flowrl.training.inputs import read_responses
 from megatron_flowrl.training.journal import POSITION, Journal
 from megatron_flowrl.training.measures import StepMeasures
+from megatron_flowrl.training.notice import Notice
 from megatron_flowrl.training.plan import packing_rules, plan
 from megatron_flowrl.training.session import Session, prepared
 from megatron_flowrl.training.trainer import Trainer
@@ -24,7 +25,7 @@ from megatron_flowrl.training.trainer import Trainer
 
 def sft(config: Config, world: World) -> None:
     """Train on the rows of sft.path, from where the run's folder says. Raises UserError."""
-    with prepared(config, world) as session:
+    with prepared(config, world) as session, Notice(session.platform.device) as notice:
         inputs = read_responses(session)
         journal = Journal(session)
         objective = Supervised()
@@ -33,7 +34,8 @@ def sft(config: Config, world: World) -> None:
         )
         place = journal.resume(trainer.state)
         with journal:
-            _train(session, inputs.training, inputs.validation, trainer, journal, place.step, place.progress[POSITION])
+            position = place.progress[POSITION]
+            _train(session, inputs.training, inputs.validation, trainer, journal, notice, place.step, position)
 
 
 def _train(
@@ -42,6 +44,7 @@ def _train(
     validation: Sequence[TokenSequence],
     trainer: Trainer,
     journal: Journal,
+    notice: Notice,
     done: int,
     position: int,
 ) -> None:
@@ -62,6 +65,9 @@ def _train(
         journal.record(step, metrics)
         logger.info(measures.line(step, metrics))
         timers.reset()  # what follows is of the next step
+        if not last and notice.everywhere():
+            journal.end(step, position)
+            return
         with timers("save"):
             journal.save(step, position, last=last, reward=None)
 
