@@ -46,9 +46,12 @@ def evaluate_command(config: Config, world: World, given: argparse.Namespace, be
     with _source(config, world, given, plan, output) as source:
         claim(output, plan, config, problems)
         summary = evaluate(config, plan, problems, source, output)
-    for picture in draw({plan.model: summary["benchmarks"]}, output):
-        logger.info("%s is a picture of them", picture)
     print(table(summary))
+    try:
+        for picture in draw({plan.model: summary["benchmarks"]}, output):
+            logger.info("%s is a picture of them", picture)
+    except UserError as error:
+        logger.warning("%s", error)
     logger.info("%s has all numbers", output / SUMMARY)
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_flowrl.config import UserError
-from megatron_flowrl.evaluation.figures import DIVERSITY, Numbers, draw_diversity, draw_quality
 from megatron_flowrl.evaluation.judge import judged_numbers
-from megatron_flowrl.evaluation.results import SUMMARY, percent
+from megatron_flowrl.evaluation.results import DIVERSITY, SUMMARY, Numbers, percent
 from megatron_flowrl.observe.log import logger
 from megatron_flowrl.observe.runs import labels_of
 from megatron_flowrl.platform.atomic import write_bytes
@@ -70,7 +69,13 @@ def compare(folders: Sequence[Path], output: Path) -> str:
 
 
 def draw(evaluations: Mapping[str, Numbers], output: Path) -> list[Path]:
-    """The pictures, and where they are."""
+    """The pictures, and where they are. Raises UserError where matplotlib is not installed."""
+    try:
+        from megatron_flowrl.evaluation.figures import draw_diversity, draw_quality
+    except ImportError as error:
+        raise UserError(
+            f"pictures need matplotlib, which cannot be imported ({error}): pip install -e '.[report]'"
+        ) from error
     output.mkdir(parents=True, exist_ok=True)
     written = []
     for drawing, name in ((draw_quality(evaluations), QUALITY_PNG), (draw_diversity(evaluations), DIVERSITY_PNG)):

@@ -10,18 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
+from megatron_flowrl.evaluation.results import DIVERSITY, Numbers
 from megatron_flowrl.observe.drawing import COLUMNS, STYLE, Drawing, grid, legend, line_of, plain
 
-Numbers = Mapping[str, Mapping[str, Any]]
-"""Benchmark -> the numbers of `results.summarize`."""
-
-DIVERSITY: Mapping[str, tuple[str, str]] = {
-    "judged": ("Judged diversity", "1 (all alike) to 5"),
-    "distinct_finals": ("Distinct final answers", "of a problem's answers"),
-    "clusters": ("Clusters of wording", "of a problem's answers"),
-    "distinct_2": ("Distinct pairs of words", "share of all pairs"),
-    "self_bleu": ("Self-BLEU", "1: all answers alike"),
-}
 _WIDTH = 0.8  # of all bars of a benchmark
 
 
@@ -102,4 +93,4 @@ def _names_below(figure: Any, evaluations: Mapping[str, Numbers]) -> None:
     legend(figure, handles, list(evaluations))
 
 
-__all__ = ["DIVERSITY", "Numbers", "draw_diversity", "draw_quality"]
+__all__ = ["draw_diversity", "draw_quality"]

@@ -24,6 +24,18 @@ SUMMARY = "summary.json"
 REFUSED = "refused"
 """`finish_reason` of an answer that a server would not give; it is asked for again."""
 
+Numbers = Mapping[str, Mapping[str, Any]]
+"""Benchmark -> the numbers of `summarize`."""
+
+DIVERSITY: Mapping[str, tuple[str, str]] = {
+    "judged": ("Judged diversity", "1 (all alike) to 5"),
+    "distinct_finals": ("Distinct final answers", "of a problem's answers"),
+    "clusters": ("Clusters of wording", "of a problem's answers"),
+    "distinct_2": ("Distinct pairs of words", "share of all pairs"),
+    "self_bleu": ("Self-BLEU", "1: all answers alike"),
+}
+"""Measures of it: title and unit."""
+
 
 @dataclass(frozen=True)
 class GradedText:
@@ -135,4 +147,4 @@ def percent(of: Mapping[str, Any], measure: str) -> str:
     return f"{100 * of[measure]:.1f} ({100 * low:.1f} - {100 * high:.1f})"
 
 
-__all__ = ["SUMMARY", "GradedText", "percent", "read_answers", "summarize", "table"]
+__all__ = ["DIVERSITY", "SUMMARY", "GradedText", "Numbers", "percent", "read_answers", "summarize", "table"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -127,3 +128,13 @@ def test_what_is_no_evaluation(
     with pytest.raises(SystemExit):
         main(["compare", str(tmp_path), "--output", str(tmp_path)])
     assert message in capsys.readouterr().err
+
+
+def test_without_matplotlib(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = evaluation(tmp_path / "one", 2, ["a b", "b c"])
+    monkeypatch.setitem(sys.modules, "megatron_flowrl.evaluation.figures", None)
+    with pytest.raises(SystemExit):
+        main(["compare", str(folder), "--output", str(tmp_path / "out")])
+    assert "pictures need matplotlib" in capsys.readouterr().err
