@@ -95,6 +95,11 @@ _JUDGE = """How different the answers to a problem are, 1 to 5, by a model's jud
 FILE is one that `evaluate` writes. What the judge says goes to FILE with .judged before its ending; the same command
 goes on from there, and asks again where there was no score.
 """
+_STATUS = """How far a run is: a line, and exit status 0 where it is finished, 75 where the same command would go on.
+
+  megatron-flowrl status runs/one
+"""
+_UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h
 _COMPARE = """Evaluations beside one another: a table in Markdown, quality.png and diversity.png.
 
   megatron-flowrl compare out/flowrl out/grpo --output out
@@ -136,7 +141,7 @@ _SFT_SECTIONS = (
     "seed", "run", "model", "parallel", "ddp", "precision", "recompute", "optimizer", "prompts", "data", "log_prob",
     "evaluation", "sft", "checkpoint", "tracking", "logging",
 )  # fmt: skip
-_TRAIN_SECTIONS = (
+TRAIN_SECTIONS = (
     "seed", "run", "model", "parallel", "ddp", "precision", "recompute", "optimizer", "objective", "flowrl", "log_z",
     "policy_gradient", "critic", "sampler_correction", "prompts", "reward", "data", "log_prob", "reference", "rollout",
     "generation", "evaluation", "checkpoint", "tracking", "logging",
@@ -156,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         choices=tuple(_COMMANDS),
         help="train: reinforcement learning; sft: supervised training; report: runs as HTML; score: log-probs of given "
         "responses; convert: between Hugging Face and Megatron; serve: vLLM servers; evaluate: benchmarks; "
-        "judge: how different answers are; compare: evaluations beside one another",
+        "judge: how different answers are; compare: evaluations beside one another; status: how far a run is",
     )
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its arguments; see COMMAND --help")
     parsed = parser.parse_args(arguments)
@@ -212,7 +217,7 @@ def _score(arguments: Sequence[str]) -> None:
 
 
 def _train(arguments: Sequence[str]) -> None:
-    config, world = _run_settings("train", _TRAIN, _TRAIN_SECTIONS, arguments)
+    config, world = _run_settings("train", _TRAIN, TRAIN_SECTIONS, arguments)
     from megatron_flowrl.training.loop import train
 
     train(config, world)
@@ -256,16 +261,46 @@ def _report(arguments: Sequence[str]) -> None:
     print(output)
 
 
+def _status(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="megatron-flowrl status",
+        description=_STATUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument("--saved", action="store_true", help="print the newest checkpoint's step alone")
+    given = parser.parse_args(arguments)
+    from megatron_flowrl.observe.status import status_of
+
+    status = status_of(Path(given.run))
+    print(status.saved if given.saved else status.line())
+    if not status.finished:
+        sys.exit(_UNFINISHED)
+
+
 def _serve(arguments: Sequence[str]) -> None:
     parser = _command_parser("serve", _SERVE, _SERVE_SECTIONS)
     parser.add_argument("--model", metavar="DIR", help="Hugging Face folder; short for model.path=DIR")
     parser.add_argument("--logs", metavar="DIR", default="logs", help="folder for the servers' logs (default: logs)")
+    parser.add_argument(
+        "--for-training", action="store_true",
+        help="take the recipe and settings of `train`, and begin with random weights: the trainer sends its own",
+    )  # fmt: skip
     given = parser.parse_intermixed_args(arguments)
-    config, _ = _settings("serve", given, _SERVE_SECTIONS, given.model)
+    if given.for_training:
+        recipes = [text for text in given.overrides if "=" not in text]
+        given.overrides = [text for text in given.overrides if "=" in text]
+        given.recipe = given.recipe or next(iter(recipes), None)
+    sections = TRAIN_SECTIONS if given.for_training else _SERVE_SECTIONS
+    config, _ = _settings("serve", given, sections, given.model)
     check_config(config)
+    from megatron_flowrl.checkpoint.locate import locate_model
     from megatron_flowrl.rollout.serve import make_servers, servable, serve
 
-    servers = make_servers(config, servable(config.model.path), Path(given.logs))
+    trained = given.for_training
+    model = locate_model(config.model.path).hugging_face if trained else servable(config.model.path)
+    servers = make_servers(config, model, Path(given.logs), random_weights=trained)
     serve(servers, config.rollout.max_restarts)
 
 
@@ -429,4 +464,5 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate": _evaluate,
     "judge": _judge,
     "compare": _compare,
+    "status": _status,
 }
