@@ -187,7 +187,7 @@ def evaluate(config: Config, plan: Plan, problems: Problems, source: Source, out
 
     What the folder's summary has of other benchmarks, which are of the same settings, stays in it.
     """
-    found = _benchmarks_of(output / SUMMARY)
+    found = {name: of for name, of in _benchmarks_of(output / SUMMARY).items() if (output / f"{name}.jsonl").exists()}
     summary: dict[str, Any] = {"plan": asdict(plan), "benchmarks": found}
     for benchmark, some in problems.items():
         name = benchmark.name

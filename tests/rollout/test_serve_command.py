@@ -148,3 +148,19 @@ def test_what_cannot_be_served_is_named(tmp_path: Path, model: Path, capsys: pyt
         assert caught.value.code == 2
         assert message in " ".join(capsys.readouterr().err.split()), arguments
     assert not (tmp_path / "logs").exists()
+
+
+def test_for_training_it_takes_a_recipe_of_train_and_sends_no_weights(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settings of other sections are the trainer's, and a checkpoint will do: its configuration is all that is read."""
+    made = []
+    monkeypatch.setattr("megatron_flowrl.rollout.serve.serve", lambda servers, _: made.extend(servers))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("optimizer: {lr: 1.0e-3}\nrollout: {dtype: float32}\n")
+    given = [str(recipe), f"model.path={model}", f"run.folder={tmp_path}", "--logs", str(tmp_path / "logs")]
+    main(["serve", "--for-training", *given])
+    (server,) = made
+    assert {"--load-format", "dummy"} <= {*server.command()} and "float32" in server.command()
+    with pytest.raises(SystemExit):
+        main(["serve", "--model", str(model), "optimizer.lr=1"])

@@ -21,7 +21,12 @@ STEPS = 6
 
 
 def submit(cluster: Cluster, run: Path, given: list[str], *options: str, **more: str) -> str:
-    variables = {"FLOWRL_HOME": str(REPOSITORY), "FLOWRL_RANKS_PER_NODE": "1", "OMP_NUM_THREADS": "1", "FLOWRL_PYTHON": sys.executable}
+    variables = {
+        "FLOWRL_HOME": str(REPOSITORY),
+        "FLOWRL_RANKS_PER_NODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "FLOWRL_PYTHON": sys.executable,
+    }
     log = f"--output={run.parent}/job-%j.log"
     command = ["sbatch", "--parsable", "--nodes=2", log, *options, str(SCRIPTS / "train.sbatch"), *given]
     return cluster.submit(command, **variables, **more)
@@ -36,9 +41,7 @@ def ends(cluster: Cluster, run: Path, job: str) -> str:
     return path.read_text()
 
 
-def test_two_nodes_with_notice_end_in_the_weights_of_an_undisturbed_run(
-    cluster: Cluster, tmp_path: Path
-) -> None:
+def test_two_nodes_with_notice_end_in_the_weights_of_an_undisturbed_run(cluster: Cluster, tmp_path: Path) -> None:
     task = save_task(tmp_path / "task")
     write_records(task, task / "records", STEPS)
     settings: dict[str, Any] = {"run__steps": STEPS, "objective__preset": "exact", "checkpoint__save_interval": 100}
