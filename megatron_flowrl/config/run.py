@@ -28,6 +28,13 @@ class RunConfig:
     prompts_per_mini_batch: PositiveInt = 32
     """Prompts whose answers make one update; prompts_per_step is a multiple of it."""
 
+    hang_seconds: Annotated[float, Field(ge=10)] | None = 900.0
+    """Seconds without any progress after which a rank is taken to hang: where every rank stands is written to
+    run.folder/logs, and the run is ended, for a cluster to start it anew. null: never."""
+
+    slow_step_factor: Annotated[float, Field(gt=1)] = 10.0
+    """The same where a step takes so many times the median of those before, and a minute or more."""
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class PromptsConfig:

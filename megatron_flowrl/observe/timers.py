@@ -12,11 +12,16 @@ class Timers:
 
     A second counts for one phase only, the innermost: the phases of a step add up to no more than the step, and can be
     stacked. `synchronize` is called where a phase begins or ends, so that work that a device has still to do counts for
-    the phase that has asked for it; it costs the overlap between phases. Of one thread.
+    the phase that has asked for it; it costs the overlap between phases. `on_boundary` is told the phase that begins,
+    or None where one ends. Of one thread.
     """
 
-    def __init__(self, synchronize: Callable[[], object] | None = None) -> None:
-        self._synchronize = synchronize
+    def __init__(
+        self,
+        synchronize: Callable[[], object] | None = None,
+        on_boundary: Callable[[str | None], object] = lambda _: None,
+    ) -> None:
+        self._synchronize, self._on_boundary = synchronize, on_boundary
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
         self._begin = self._since = time.perf_counter()
@@ -25,12 +30,14 @@ class Timers:
     def __call__(self, name: str) -> Iterator[None]:
         """Measure a phase, also one that ends in an error."""
         self._charge()
+        self._on_boundary(name)
         self._open.append(name)
         self._seconds.setdefault(name, 0.0)
         try:
             yield
         finally:
             self._charge()
+            self._on_boundary(None)
             self._open.pop()
 
     def add(self, name: str, seconds: float) -> None:

@@ -72,8 +72,8 @@ class Sampler:
     """All ranks construct it together; close it, or use it as a context manager.
 
     `companions` is the folder with config.json of the model. Servers that are started here begin with random weights,
-    and need no others there: the first `sync` brings them, and `begin` refuses before it. Where `is_to_end` says so on
-    rank 0, waiting ends with Interrupted on every rank.
+    and need no others there: the first `sync` brings them, and `begin` refuses before it. `on_wait` is called
+    again and again while a rank waits; where it returns true on rank 0, waiting ends with Interrupted on every rank.
     """
 
     def __init__(
@@ -83,10 +83,10 @@ class Sampler:
         model: ParallelModel,
         companions: Path,
         logs: Path,
-        is_to_end: Callable[[], bool] = lambda: False,
+        on_wait: Callable[[], bool] = lambda: False,
     ) -> None:
         self._config, rollout = config, config.rollout
-        self._is_to_end = is_to_end
+        self._on_wait = on_wait
         silence = _SILENCE_SECONDS + rollout.start_timeout_seconds + 4 * rollout.transfer_timeout_seconds
         self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=silence))
         self._http: HttpLoop | None = None
@@ -253,7 +253,7 @@ class Sampler:
 
     def _wait(self) -> None:
         """Rank 0: where there is nothing to do. A sign of life, if it is time; raises Interrupted."""
-        if self._is_to_end():
+        if self._on_wait():
             raise Interrupted("the run was asked to end while it waited for servers")
         if self._is_silent():
             self._say(_Next.WAIT, None)
@@ -276,6 +276,7 @@ class Sampler:
         """The other ranks: take part in what rank 0 says, until it is done."""
         while True:
             what, content = self._hear()
+            self._on_wait()
             if what is _Next.SEND:
                 with suppress(SharedUserError):  # rank 0 has met it too, and will say so
                     self._transfer.init([])

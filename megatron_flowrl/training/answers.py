@@ -65,7 +65,7 @@ class Answers:
         model: ParallelModel,
         tokenizer: Callable[[], Tokenizer],
         logs: Path,
-        is_to_end: Callable[[], bool],
+        on_wait: Callable[[], bool],
     ) -> None:
         config = session.config
         self._config, self._world, self._tokenizer = config, session.world, tokenizer
@@ -76,7 +76,7 @@ class Answers:
             if session.world.rank == 0:
                 self._pool = GraderPool(config.reward)
         try:
-            self._sampler = Sampler(config, session.world, model, session.folder.hugging_face, logs, is_to_end)
+            self._sampler = Sampler(config, session.world, model, session.folder.hugging_face, logs, on_wait)
         except BaseException:
             if self._pool is not None:
                 self._pool.close()

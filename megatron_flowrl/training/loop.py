@@ -21,7 +21,7 @@ from megatron_flowrl.training.experience import gather_experience
 from megatron_flowrl.training.inputs import Inputs, read_inputs
 from megatron_flowrl.training.journal import POSITION, Journal, RunFolder
 from megatron_flowrl.training.measures import Measures
-from megatron_flowrl.training.notice import Notice
+from megatron_flowrl.training.oversight import Oversight, overseen
 from megatron_flowrl.training.rollouts import Rollouts, check_replay
 from megatron_flowrl.training.session import Session, prepared
 from megatron_flowrl.training.trainer import Trainer, mini_batches
@@ -29,7 +29,7 @@ from megatron_flowrl.training.trainer import Trainer, mini_batches
 
 def train(config: Config, world: World) -> None:
     """Train a policy as the configuration says, from where the run's folder says. Raises UserError."""
-    with prepared(config, world) as session, Notice(session.platform.device) as notice, ExitStack() as stack:
+    with prepared(config, world) as session, overseen(session) as oversight, ExitStack() as stack:
         inputs = read_inputs(session, RunFolder(config).logs)
         journal = Journal(session, critic=inputs.objective.needs.values)
         trainer = Trainer(
@@ -43,16 +43,21 @@ def train(config: Config, world: World) -> None:
         with journal:
             if steps:
                 check_replay(config, steps)
-                answers = _answers(session, inputs, trainer, journal.folder, notice, stack)
-                _train(session, inputs, trainer, answers, journal, notice, steps, place.progress[POSITION])
+                answers = _answers(session, inputs, trainer, journal.folder, oversight, stack)
+                _train(session, inputs, trainer, answers, journal, oversight, steps, place.progress[POSITION])
 
 
 def _answers(
-    session: Session, inputs: Inputs, trainer: Trainer, folder: RunFolder, notice: Notice, stack: ExitStack
+    session: Session,
+    inputs: Inputs,
+    trainer: Trainer,
+    folder: RunFolder,
+    oversight: Oversight,
+    stack: ExitStack,
 ) -> Answers | None:
     if inputs.prompts is None:
         return None
-    answers = Answers(session, trainer.model, inputs.tokenizer, folder.logs, notice.given)
+    answers = Answers(session, trainer.model, inputs.tokenizer, folder.logs, oversight.on_wait)
     stack.callback(answers.close)
     answers.start()
     return answers
@@ -64,7 +69,7 @@ def _train(
     trainer: Trainer,
     answers: Answers | None,
     journal: Journal,
-    notice: Notice,
+    oversight: Oversight,
     steps: range,
     position: int,
 ) -> None:
@@ -80,13 +85,14 @@ def _train(
     evaluator = None
     if answers is not None and inputs.held_out is not None:
         evaluator = Evaluator(config, inputs.held_out, answers, inputs.stop_token_ids)
-    timers = Timers(session.platform.synchronize)
+    timers = Timers(session.platform.synchronize, oversight.watchdog.beat)
     measures = Measures(session, inputs, steps)
     if evaluator is not None and steps[0] == 1:
         with suppress(Interrupted):  # the first step will say so, too
             journal.record(0, evaluator(0, timers))
     timers.reset()
     for step in steps:
+        oversight.watchdog.step()
         with profiled(config.tracking, step, rank, journal.folder.root):
             try:
                 rollout = rollouts.take(step, position, timers)
@@ -102,8 +108,9 @@ def _train(
             shares = mini_batches(experience.groups.tolist(), config.run.prompts_per_mini_batch)
             with progress(config.logging, rank, len({*shares}), f"update {step}") as advance:
                 trained = trainer.step(step, experience, shares, timers, advance)
+        oversight.watchdog.done()
         position = rollout.next_position
-        ending, evaluated = notice.everywhere(), {}
+        ending, evaluated = oversight.notice.everywhere(), {}
         if evaluator is not None and evaluator.due(step) and not ending:
             with suppress(Interrupted):
                 evaluated = evaluator(step, timers)
@@ -111,7 +118,7 @@ def _train(
         journal.record(step, metrics, measures.histograms(rollout, trained), measures.samples(rollout))
         logger.info(measures.line(step, metrics))
         timers.reset()  # what follows is of the next step
-        if ending or notice.everywhere():
+        if ending or oversight.notice.everywhere():
             journal.end(step, position)
             return
         with timers("save"):

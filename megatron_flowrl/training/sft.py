@@ -14,10 +14,10 @@ from megatron_flowrl.observe.log import logger
 from megatron_flowrl.observe.timers import Timers
 from megatron_flowrl.platform.distributed import World
 from megatron_flowrl.training.experience import Experience, score
-from megatron_flowrl.training.inputs import read_responses
+from megatron_flowrl.training.inputs import Responses, read_responses
 from megatron_flowrl.training.journal import POSITION, Journal
 from megatron_flowrl.training.measures import StepMeasures
-from megatron_flowrl.training.notice import Notice
+from megatron_flowrl.training.oversight import Oversight, overseen
 from megatron_flowrl.training.plan import packing_rules, plan
 from megatron_flowrl.training.session import Session, prepared
 from megatron_flowrl.training.trainer import Trainer
@@ -25,7 +25,7 @@ from megatron_flowrl.training.trainer import Trainer
 
 def sft(config: Config, world: World) -> None:
     """Train on the rows of sft.path, from where the run's folder says. Raises UserError."""
-    with prepared(config, world) as session, Notice(session.platform.device) as notice:
+    with prepared(config, world) as session, overseen(session) as oversight:
         inputs = read_responses(session)
         journal = Journal(session)
         objective = Supervised()
@@ -34,28 +34,28 @@ def sft(config: Config, world: World) -> None:
         )
         place = journal.resume(trainer.state)
         with journal:
-            position = place.progress[POSITION]
-            _train(session, inputs.training, inputs.validation, trainer, journal, notice, place.step, position)
+            _train(session, inputs, trainer, journal, oversight, place.step, place.progress[POSITION])
 
 
 def _train(
     session: Session,
-    training: Sequence[TokenSequence],
-    validation: Sequence[TokenSequence],
+    inputs: Responses,
     trainer: Trainer,
     journal: Journal,
-    notice: Notice,
+    oversight: Oversight,
     done: int,
     position: int,
 ) -> None:
-    config = session.config
+    config, training, validation = session.config, inputs.training, inputs.validation
     order = PromptOrder(len(training), config.seed, shuffle=True)
-    timers = Timers(session.platform.synchronize)
+    timers = Timers(session.platform.synchronize, oversight.watchdog.beat)
     steps = range(done + 1, config.run.steps + 1)
     measures = StepMeasures(session, trainer.model.architecture, steps)
     for step in steps:
+        oversight.watchdog.step()
         sequences = [training[number] for number in order.take(position, config.sft.sequences_per_step)]
         trained = trainer.step(step, _experience(sequences), [0] * len(sequences), timers)
+        oversight.watchdog.done()
         position += len(sequences)
         evaluated, last = {}, step == config.run.steps
         if validation and (last or step % config.evaluation.interval == 0):
@@ -65,7 +65,7 @@ def _train(
         journal.record(step, metrics)
         logger.info(measures.line(step, metrics))
         timers.reset()  # what follows is of the next step
-        if not last and notice.everywhere():
+        if not last and oversight.notice.everywhere():
             journal.end(step, position)
             return
         with timers("save"):

@@ -1,0 +1,36 @@
+"""What watches a run from outside its arithmetic: notice that it is to end, and a rank that hangs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from megatron_flowrl.training.journal import RunFolder
+from megatron_flowrl.training.notice import Notice
+from megatron_flowrl.training.session import Session
+from megatron_flowrl.training.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Oversight:
+    """Both of them, of one run."""
+
+    notice: Notice
+    watchdog: Watchdog
+
+    def on_wait(self) -> bool:
+        """For who waits for servers, which have time limits of their own: that is no hang. Whether to stop waiting."""
+        self.watchdog.beat()
+        return self.notice.given()
+
+
+@contextmanager
+def overseen(session: Session) -> Iterator[Oversight]:
+    """All ranks enter it together, on their main threads."""
+    logs = RunFolder(session.config).logs
+    with Notice(session.platform.device) as notice, Watchdog(session.config.run, session.world, logs) as watchdog:
+        yield Oversight(notice, watchdog)
+
+
+__all__ = ["Oversight", "overseen"]

@@ -1,0 +1,45 @@
+"""Two ranks under a watchdog, of which the second stops: in Python, or where the interpreter's lock is held."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_flowrl.config import LoggingConfig, RunConfig
+from megatron_flowrl.observe.log import configure_logging
+from megatron_flowrl.platform.distributed import read_world
+from megatron_flowrl.training import watchdog
+
+
+def stands_still() -> None:
+    """For longer than the test."""
+    time.sleep(300)
+
+
+def main(logs: Path, how: str) -> None:
+    """Step after step; in the fifth rank 1 hangs."""
+    if how == "locked":
+        watchdog._LOCKED_SECONDS = 8.0
+    dist.init_process_group("gloo")
+    world = read_world()
+    configure_logging(LoggingConfig(), world.rank)
+    with watchdog.Watchdog(RunConfig(hang_seconds=10.0), world, logs) as watch:
+        for step in range(10):
+            watch.step()
+            watch.beat("update")
+            if step == 4 and world.rank == 1:
+                if how == "python":
+                    stands_still()
+                ctypes.PyDLL(None).sleep(300)  # a PyDLL keeps the lock
+            dist.all_reduce(torch.ones(1))
+            watch.done()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

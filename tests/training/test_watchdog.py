@@ -1,0 +1,104 @@
+"""A rank that hangs is named with where it stands, and the run ends."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_flowrl.config import RunConfig
+from megatron_flowrl.platform.distributed import World
+from megatron_flowrl.training.watchdog import Watchdog, conclusion
+from tests.distributed.ranks import run_module
+
+
+@pytest.fixture
+def watch(one_rank_platform: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watchdog:
+    """One whose thread does not run."""
+    monkeypatch.setattr("threading.Thread.start", lambda _: None)
+    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda *_, **__: None)
+    return Watchdog(RunConfig(hang_seconds=100.0, slow_step_factor=10.0), World(), tmp_path)
+
+
+def test_no_progress(watch: Watchdog, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    watch.step()
+    watch.beat("update")
+    assert watch.trouble(1100.0) is None
+    assert watch.trouble(1101.0) == "no progress for 101 s in the phase update"
+    clock[0] = 1090.0
+    watch.beat()
+    assert watch.trouble(1101.0) is None
+
+
+def test_a_step_that_takes_ten_times_as_long(watch: Watchdog, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    for seconds in (20.0, 8.0, 9.0):
+        watch.step()
+        clock[0] += seconds
+        watch.done()
+    clock[0] += 500.0  # an evaluation is no part of a step
+    assert watch.trouble(clock[0] - 400) is None
+    watch.step()
+    began = clock[0]
+    for clock[0] in (began + 50, began + 90):
+        watch.beat("generate")
+        assert watch.trouble(clock[0]) is None
+    clock[0] = began + 91
+    watch.beat()
+    assert watch.trouble(clock[0]) == "a step of 91 s, where the median is 9 s, in the phase generate"
+
+
+def test_short_steps_are_never_too_slow(watch: Watchdog, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    for _ in range(5):
+        watch.step()
+        clock[0] += 0.1
+        watch.done()
+    watch.step()
+    clock[0] += 59.0
+    watch.beat()
+    assert watch.trouble(clock[0]) is None
+
+
+def standing(rank: int, collective: str | None) -> dict[str, Any]:
+    return {"rank": rank, "host": f"h{rank}", "what": "no progress", "collective": collective, "at": "x.py:1 (f)"}
+
+
+def test_who_holds_the_others_up() -> None:
+    lines = conclusion([standing(0, "all_reduce"), standing(1, None)], 3)
+    assert lines == [
+        "rank 2 has written nothing: it, or its node, is gone or cannot run",
+        "rank 1 on h1 waits for no other rank: no progress, at x.py:1 (f)",
+    ]
+    lines = conclusion([standing(0, "all_reduce"), standing(1, "barrier")], 2)
+    assert lines[0] == "rank 0 on h0 is in all_reduce: no progress, at x.py:1 (f)" and "for the network" in lines[-1]
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(200)
+def test_a_rank_that_stands_still(tmp_path: Path) -> None:
+    began = time.monotonic()
+    done = run_module("tests.training.hang_worker", [str(tmp_path), "python"], 2, timeout=150)
+    assert done.returncode != 0 and time.monotonic() - began < 120
+    assert "no progress for 1" in done.stdout and "in the phase update" in done.stdout
+    assert "rank 1 on " in done.stdout and "waits for no other rank" in done.stdout
+    assert "rank 0 on " not in done.stdout.partition("waits for no other rank")[2]
+    (word,) = tmp_path.glob("hang_*")
+    found = {file.stem: json.loads(file.read_text()) for file in word.glob("*.json")}
+    assert found["rank_0"]["collective"] == "all_reduce" and found["rank_1"]["collective"] is None
+    assert "stands_still" in (word / "rank_1.txt").read_text() and "all_reduce" in (word / "rank_0.txt").read_text()
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(200)
+def test_a_rank_that_cannot_even_look(tmp_path: Path) -> None:
+    done = run_module("tests.training.hang_worker", [str(tmp_path), "locked"], 2, timeout=150)
+    assert done.returncode != 0
+    assert "hang_worker.py" in (tmp_path / "locked_rank_1.txt").read_text()
