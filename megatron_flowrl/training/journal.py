@@ -119,11 +119,16 @@ class Journal:
                 writer.wait()
 
     def end(self, step: int, position: int) -> None:
-        """The run is to end after `step`, before its last: save what is not saved yet, and wait until it is written."""
+        """The run ends after `step`, before its last: save what is not saved yet, and wait until it is written.
+
+        Because it was asked to, or because there are no answers to go on with.
+        """
         if step > 0:
             self.save(step, position, last=True, reward=None)
         logger.warning(
-            "ended after step %d of %d, as was asked; the same command goes on from there", step, self._config.run.steps
+            "ends after step %d of %d, which is saved; the same command goes on from there",
+            step,
+            self._config.run.steps,
         )
 
     @property

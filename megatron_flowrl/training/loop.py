@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, suppress
 
-from megatron_flowrl.config import Config
+from megatron_flowrl.config import Config, SharedUserError
 from megatron_flowrl.observe.log import logger, progress
 from megatron_flowrl.observe.profile import profiled
 from megatron_flowrl.observe.timers import Timers
@@ -96,9 +96,11 @@ def _train(
         with profiled(config.tracking, step, rank, journal.folder.root):
             try:
                 rollout = rollouts.take(step, position, timers)
-            except Interrupted:
+            except SharedUserError as error:
                 journal.end(step - 1, position)
-                return
+                if isinstance(error, Interrupted):
+                    return
+                raise
             if answers is not None:
                 answers.rest()
             with alike():

@@ -1,4 +1,4 @@
-"""Notice while answers are being sampled: every process is told, as by a cluster; the trainer saves what it has."""
+"""Notice while answers are being sampled, and servers that are gone for good: the trainer saves what it has."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,18 @@ def descendants(process: int) -> list[int]:
     return found
 
 
-def test_notice_during_a_rollout(task_folder: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+def start(task: Path, run: Path, **more: Any) -> subprocess.Popen[str]:
     settings: dict[str, Any] = SETTINGS | {
-        "model.path": task_folder / "model",
-        "prompts.path": task_folder / "train.jsonl",
+        "model.path": task / "model",
+        "prompts.path": task / "train.jsonl",
         "run.folder": run,
         "run.steps": 50,
         "checkpoint.save_interval": 100,
+        **{name.replace("__", "."): value for name, value in more.items()},
     }
     given = [f"{name}={json.dumps(value) if isinstance(value, list) else value}" for name, value in settings.items()]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [*launcher, "--shutdown-timeout", "100", "-m", "megatron_flowrl", "train", *given],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
@@ -54,21 +55,50 @@ def test_notice_during_a_rollout(task_folder: Path, tmp_path: Path) -> None:
         text=True,
         start_new_session=True,
     )
+
+
+def after_a_step(process: subprocess.Popen[str], run: Path, then: Callable[[], object]) -> tuple[int, str]:
+    """Do something once the first step is recorded; the steps that are, when the run has ended, and its output."""
+    metrics = run / "metrics.jsonl"
     try:
-        metrics = run / "metrics.jsonl"
         deadline = time.monotonic() + 300
         while not metrics.exists() or not metrics.read_bytes().count(b"\n"):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
-        for one in descendants(process.pid)[1:]:  # torchrun itself would end by it
-            os.kill(one, signal.SIGUSR1)
+        then()
         output, _ = process.communicate(timeout=120)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    steps = len(metrics.read_bytes().splitlines())
+    return len(metrics.read_bytes().splitlines()), output
+
+
+def test_notice_during_a_rollout(task_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(task_folder, run)
+
+    def tell() -> None:
+        for one in descendants(process.pid)[1:]:  # torchrun itself would end by it
+            os.kill(one, signal.SIGUSR1)
+
+    steps, output = after_a_step(process, run, tell)
     assert process.returncode == 0, output[-4000:]
-    assert f"ended after step {steps} of 50, as was asked" in output
+    assert f"ends after step {steps} of 50, which is saved" in output
+    assert (run / "checkpoints" / "latest").read_text().strip() == f"step_{steps:08d}"
+    assert processes_with(str(task_folder / "model")) == []
+
+
+def test_where_no_server_is_left_what_was_trained_is_saved(task_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(task_folder, run, rollout__max_restarts=0)
+
+    def end_servers() -> None:
+        for one in processes_with(str(task_folder / "model")):
+            if b"vllm" in Path(f"/proc/{one}/cmdline").read_bytes():
+                os.kill(one, signal.SIGKILL)
+
+    steps, output = after_a_step(process, run, end_servers)
+    assert process.returncode != 0 and f"ends after step {steps} of 50, which is saved" in output, output[-4000:]
     assert (run / "checkpoints" / "latest").read_text().strip() == f"step_{steps:08d}"
     assert processes_with(str(task_folder / "model")) == []
 

@@ -54,7 +54,7 @@ def test_two_nodes_with_notice_end_in_the_weights_of_an_undisturbed_run(cluster:
     cluster.wait_for(lambda: lines(cut) >= 2, 200, lambda: str([*tmp_path.glob("job-*.log")]))
     cluster.run(["scancel", "--batch", "--signal=USR1", job])
     log = ends(cluster, cut, job)
-    assert "notice: the run saves and ends" in log and f"of {STEPS}, as was asked" in log and "finished" in log
+    assert "notice: the run saves and ends" in log and f"of {STEPS}, which is saved" in log and "finished" in log
     assert "2 ranks = TP1 x PP1 x CP1 x DP2" in log
     ends(cluster, whole, submit(cluster, whole, given(whole)))
     assert [line["step"] for line in metrics_of(cut)] == [*range(1, STEPS + 1)]

@@ -82,7 +82,7 @@ def send(processes: Sequence[int], number: signal.Signals) -> None:
 
 def test_one_rank_is_told_and_all_end_together(task: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert "ended after" not in ended(start(task, whole))
+    assert "ends after" not in ended(start(task, whole))
     process = start(task, cut)
     after(cut, 2, process)
     for _ in range(3):  # more often than once, as clusters do
@@ -92,7 +92,7 @@ def test_one_rank_is_told_and_all_end_together(task: Path, tmp_path: Path) -> No
     step = len(metrics_of(cut))
     assert 2 <= step < STEPS
     assert "SIGUSR1: the run is saved and ends" in output
-    assert f"ended after step {step} of {STEPS}, as was asked; the same command goes on from there" in output
+    assert f"ends after step {step} of {STEPS}, which is saved; the same command goes on from there" in output
     assert (cut / "checkpoints" / "latest").read_text().strip() == f"step_{step:08d}"
     process = start(task, cut)
     output = ended(process)
@@ -110,7 +110,7 @@ def test_what_ends_torchrun_ends_its_ranks_in_order(task: Path, tmp_path: Path) 
     process.send_signal(signal.SIGTERM)
     output = ended(process)
     step = len(metrics_of(run))
-    assert f"ended after step {step} of {STEPS}" in output
+    assert f"ends after step {step} of {STEPS}" in output
     assert (run / "checkpoints" / "latest").read_text().strip() == f"step_{step:08d}"
 
 
