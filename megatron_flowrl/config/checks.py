@@ -177,6 +177,12 @@ def _run(config: Config) -> Iterator[str]:
             f"run.prompts_per_step = {run.prompts_per_step} is no multiple of run.prompts_per_mini_batch = "
             f"{run.prompts_per_mini_batch}: a step's prompts are shared out to whole updates; change one of them"
         )
+    minutes = config.parallel.distributed_timeout_minutes
+    if run.hang_seconds is not None and run.hang_seconds >= 60 * minutes:
+        yield (
+            f"run.hang_seconds = {run.hang_seconds:g} is not below parallel.distributed_timeout_minutes = {minutes}, "
+            "after which a collective ends by itself: lower it, or raise that"
+        )
     template = config.prompts.template
     if template is not None and template.count("{prompt}") != 1:
         yield f"prompts.template = {show(template)} must have {{prompt}} in it, once: there the prompt goes"

@@ -28,12 +28,13 @@ class RunConfig:
     prompts_per_mini_batch: PositiveInt = 32
     """Prompts whose answers make one update; prompts_per_step is a multiple of it."""
 
-    hang_seconds: Annotated[float, Field(ge=10)] | None = 900.0
-    """Seconds without any progress after which a rank is taken to hang: where every rank stands is written to
-    run.folder/logs, and the run is ended, for a cluster to start it anew. null: never."""
+    hang_seconds: Annotated[float, Field(ge=0)] | None = None
+    """Seconds in which a step's passes and updates may show no progress (a pass or an update that is over); after them
+    where every rank stands is written to run.folder/logs, and the run is ended, for a cluster to start it anew. null:
+    four fifths of parallel.distributed_timeout_minutes, after which collectives end without such words. 0: never."""
 
     slow_step_factor: Annotated[float, Field(gt=1)] = 10.0
-    """The same where a step takes so many times the median of those before, and a minute or more."""
+    """The same where these take so many times their median, and a minute or more."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -27,3 +27,7 @@ class BadReply(ReplyError):
 
 class Interrupted(SharedUserError):
     """Rank 0 was asked to end the run while it waited for servers; every rank raises it."""
+
+
+class LeaderStopped(SharedUserError):
+    """Rank 0 has met what is no user's error, and is gone: the others raise this, and can do nothing more together."""

@@ -26,7 +26,7 @@ from megatron_flowrl.model.build import ParallelModel
 from megatron_flowrl.observe.log import logger
 from megatron_flowrl.platform.distributed import World, together
 from megatron_flowrl.rollout.control import ServerControl
-from megatron_flowrl.rollout.errors import Interrupted
+from megatron_flowrl.rollout.errors import Interrupted, LeaderStopped
 from megatron_flowrl.rollout.fleet import Fleet, Generation, make_fleet
 from megatron_flowrl.rollout.generation import Answer, Job, Sampling
 from megatron_flowrl.rollout.http import HttpLoop
@@ -48,6 +48,7 @@ class _Next(Enum):
     DONE = "done"
     FAIL = "fail"
     END = "end"  # the run is to end
+    GONE = "gone"  # rank 0 has met a defect
 
 
 @dataclass(frozen=True)
@@ -285,6 +286,8 @@ class Sampler:
                 raise SharedUserError(*content)
             elif what is _Next.END:
                 raise Interrupted(*content)
+            elif what is _Next.GONE:
+                raise LeaderStopped(*content)
             elif what is _Next.DONE:
                 return
 
@@ -300,7 +303,7 @@ class Sampler:
             problems = error.problems if isinstance(error, UserError) else (f"rank 0 has stopped: {error!r}",)
             # Within a transfer the others listen only where they have met the same error.
             if isinstance(error, SharedUserError) or not self._in_transfer:
-                self._say(_Next.FAIL, problems)
+                self._say(_Next.FAIL if isinstance(error, UserError) else _Next.GONE, problems)
             self._in_transfer = False
             if isinstance(error, UserError):
                 raise SharedUserError(*problems) from error

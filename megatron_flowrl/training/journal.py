@@ -118,18 +118,22 @@ class Journal:
             for writer in self._writers.values():
                 writer.wait()
 
-    def end(self, step: int, position: int) -> None:
+    def end(self, step: int, position: int, reward: float | None = None) -> None:
         """The run ends after `step`, before its last: save what is not saved yet, and wait until it is written.
 
         Because it was asked to, or because there are no answers to go on with.
         """
-        if step > 0:
-            self.save(step, position, last=True, reward=None)
-        logger.warning(
-            "ends after step %d of %d, which is saved; the same command goes on from there",
-            step,
-            self._config.run.steps,
-        )
+        steps = self._config.run.steps
+        if step == 0:
+            logger.warning("ends before its first step; there is nothing to save")
+            return
+        self.save(step, position, last=True, reward=reward)
+        if self.saved >= step:
+            logger.warning("ends after step %d of %d, which is saved; the same command goes on from there", step, steps)
+        else:
+            logger.error(
+                "ends after step %d of %d, which could not be saved; the newest is %d", step, steps, self.saved
+            )
 
     @property
     def saved(self) -> int:

@@ -7,14 +7,15 @@ evaluated, recorded and saved, and streamed to the sampler for the next step.
 
 from __future__ import annotations
 
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
 from megatron_flowrl.config import Config, SharedUserError
 from megatron_flowrl.observe.log import logger, progress
 from megatron_flowrl.observe.profile import profiled
 from megatron_flowrl.observe.timers import Timers
 from megatron_flowrl.platform.distributed import World, alike
-from megatron_flowrl.rollout.errors import Interrupted
+from megatron_flowrl.rollout.errors import Interrupted, LeaderStopped
 from megatron_flowrl.training.answers import Answers
 from megatron_flowrl.training.evaluate import Evaluator
 from megatron_flowrl.training.experience import gather_experience
@@ -44,7 +45,8 @@ def train(config: Config, world: World) -> None:
             if steps:
                 check_replay(config, steps)
                 answers = _answers(session, inputs, trainer, journal.folder, oversight, stack)
-                _train(session, inputs, trainer, answers, journal, oversight, steps, place.progress[POSITION])
+                with suppress(Interrupted):
+                    _train(session, inputs, trainer, answers, journal, oversight, steps, place.progress[POSITION])
 
 
 def _answers(
@@ -92,40 +94,53 @@ def _train(
             journal.record(0, evaluator(0, timers))
     timers.reset()
     for step in steps:
-        oversight.watchdog.step()
         with profiled(config.tracking, step, rank, journal.folder.root):
-            try:
+            with _kept(journal, step - 1, position):
                 rollout = rollouts.take(step, position, timers)
-            except SharedUserError as error:
-                journal.end(step - 1, position)
-                if isinstance(error, Interrupted):
-                    return
-                raise
-            if answers is not None:
-                answers.rest()
+                if answers is not None:
+                    answers.rest()
             with alike():
                 experience = gather_experience(
                     rollout.sequences, rollout.rewards, rollout.groups, config, rollout.answer_log_probs()
                 )
             shares = mini_batches(experience.groups.tolist(), config.run.prompts_per_mini_batch)
+            oversight.watchdog.step()
             with progress(config.logging, rank, len({*shares}), f"update {step}") as advance:
                 trained = trainer.step(step, experience, shares, timers, advance)
-        oversight.watchdog.done()
-        position = rollout.next_position
-        ending, evaluated = oversight.notice.everywhere(), {}
+            oversight.watchdog.done()
+        position, last = rollout.next_position, step == config.run.steps
+        ending = oversight.notice.everywhere() and not last
+        evaluated, trouble = {}, None
         if evaluator is not None and evaluator.due(step) and not ending:
-            with suppress(Interrupted):
+            try:
                 evaluated = evaluator(step, timers)
+            except LeaderStopped:
+                raise
+            except SharedUserError as error:  # the step is kept, and what has stopped the evaluation comes after it
+                trouble = error
         metrics = {**measures.of_step(rollout, experience.sequences, trained, answers, timers), **evaluated}
         journal.record(step, metrics, measures.histograms(rollout, trained), measures.samples(rollout))
         logger.info(measures.line(step, metrics))
         timers.reset()  # what follows is of the next step
-        if ending or oversight.notice.everywhere():
-            journal.end(step, position)
-            return
+        reward = evaluated.get("evaluation/reward_mean")
+        if trouble is not None or ending:
+            journal.end(step, position, reward)
+            raise trouble or Interrupted("the run was asked to end")
         with timers("save"):
-            journal.save(step, position, last=step == config.run.steps, reward=evaluated.get("evaluation/reward_mean"))
+            journal.save(step, position, last=last, reward=reward)
             rollouts.prune(journal.saved)
+
+
+@contextmanager
+def _kept(journal: Journal, step: int, position: int) -> Iterator[None]:
+    """Where there are no answers to go on with, what was trained up to `step` is saved before the error goes on."""
+    try:
+        yield
+    except LeaderStopped:
+        raise
+    except SharedUserError:
+        journal.end(step, position)
+        raise
 
 
 __all__ = ["train"]

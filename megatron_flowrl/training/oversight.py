@@ -11,6 +11,8 @@ from megatron_flowrl.training.notice import Notice
 from megatron_flowrl.training.session import Session
 from megatron_flowrl.training.watchdog import Watchdog
 
+_SHARE = 0.8  # of the time in which a collective gives up
+
 
 @dataclass(frozen=True)
 class Oversight:
@@ -28,8 +30,12 @@ class Oversight:
 @contextmanager
 def overseen(session: Session) -> Iterator[Oversight]:
     """All ranks enter it together, on their main threads."""
-    logs = RunFolder(session.config).logs
-    with Notice(session.platform.device) as notice, Watchdog(session.config.run, session.world, logs) as watchdog:
+    config, logs = session.config, RunFolder(session.config).logs
+    seconds = config.run.hang_seconds
+    if seconds is None:
+        seconds = _SHARE * 60 * config.parallel.distributed_timeout_minutes
+    watchdog = Watchdog(seconds, config.run.slow_step_factor, session.world, logs)
+    with Notice(session.platform.device) as notice, watchdog:
         yield Oversight(notice, watchdog)
 
 

@@ -1,9 +1,10 @@
 """Notices a rank that makes no progress, says where every rank stands, and ends the run for a cluster to start anew.
 
-A thread on each rank looks once a second whether the rank has given a sign of progress (`beat`). Where there is none
-for run.hang_seconds, or a step takes run.slow_step_factor times the median of those before, it leaves word in the run's
-folder; all ranks, who look there, write the stacks of their threads beside it. One that waits in a collective waits for
-another: the ranks that do not are named, and the process ends, which has its launcher end the others.
+Watched are a step's passes and updates, from `step` to `done`: what waits for servers, graders or disks has time limits
+of its own. A thread on each rank looks once a second whether the rank has given a sign of progress (`beat`). Where
+there is none for run.hang_seconds, or the step takes run.slow_step_factor times the median of those before, it leaves
+word in the run's folder; all ranks, who look there, write the stacks of their threads beside it. The ranks that are
+behind the others, or wait for nobody, are named, and the process ends, which has its launcher end the others.
 
 Where a library holds the interpreter's lock, the thread cannot run: then faulthandler's own, which needs none, writes
 the stacks and ends the process.
@@ -27,7 +28,6 @@ from typing import IO, Any, Self
 
 import torch.distributed as dist
 
-from megatron_flowrl.config import RunConfig
 from megatron_flowrl.observe.log import logger
 from megatron_flowrl.platform.distributed import World
 
@@ -38,6 +38,7 @@ _LOOK_SECONDS = 1.0
 _LOOK_AT_WORD_SECONDS = 5.0
 _FOR_OTHERS_SECONDS = 20.0  # to write where they stand
 _LOCKED_SECONDS = 100.0  # without the interpreter's lock
+_SUSPENDED_SECONDS = 30.0  # between two looks
 _FASTEST_SECONDS = 60.0  # a step that is shorter is never too slow
 _STEPS = 50  # whose times are remembered
 _WORD = "hang"
@@ -46,71 +47,79 @@ _WORD = "hang"
 class Watchdog:
     """A context manager; all ranks construct it together. `beat` is cheap, and to be called wherever something is done.
 
-    A step is what is between `step` and `done`: what comes in some steps only, as an evaluation, is outside.
+    `hang_seconds` 0: nothing is watched. `beat` may be called outside of a step, too, and does nothing there.
     """
 
-    def __init__(self, settings: RunConfig, world: World, logs: Path) -> None:
+    def __init__(self, hang_seconds: float, slow_step_factor: float, world: World, logs: Path) -> None:
         start = [f"{time.time():.0f}"]
         dist.broadcast_object_list(start, src=0)
-        self._settings, self._world, self._logs = settings, world, logs
+        self._hang_seconds, self._slow_step_factor = hang_seconds, slow_step_factor
+        self._world, self._logs = world, logs
         self._word = logs / f"{_WORD}_{start[0]}"
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._main = threading.get_ident()
         self._times: deque[float] = deque(maxlen=_STEPS)
-        self._phase, self._last = "start", time.monotonic()
+        self._phase, self._last, self._beats = "start", time.monotonic(), 0
         self._step: float | None = None
         self._locked: IO[str]
 
     def beat(self, phase: str | None = None) -> None:
         """There is progress, in this phase or, where it is None, the one before."""
-        self._phase, self._last = phase or self._phase, time.monotonic()
+        self._phase, self._last, self._beats = phase or self._phase, time.monotonic(), self._beats + 1
 
     def step(self) -> None:
-        """A step begins. With the first, watching does: loading a model may take what it takes."""
-        self._step = self._last = time.monotonic()
-        if self._thread is None and self._settings.hang_seconds is not None:
+        """A step's passes and updates begin."""
+        self._last = time.monotonic()
+        self._step = self._last
+        if self._thread is None and self._hang_seconds:
             self._logs.mkdir(parents=True, exist_ok=True)
-            self._locked = (self._logs / f"locked_rank_{self._world.rank}.txt").open("w")
+            self._locked = (self._logs / f"locked_{self._word.name}_rank_{self._world.rank}.txt").open("w")
             self._arm()  # now: the thread may never come to it
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
+            threading.Thread(target=self._look, name="watchdog's word", daemon=True).start()
 
     def done(self) -> None:
-        """It is over."""
-        self._last = time.monotonic()
+        """They are over."""
+        self.beat()
         if self._step is not None:
             self._times.append(self._last - self._step)
         self._step = None
 
     def trouble(self, now: float) -> str | None:
         """What is wrong at this time, in words."""
-        idle = now - self._last
-        if idle > self._limit():
-            return f"no progress for {idle:.0f} s in the phase {self._phase}"
-        if self._step is not None and len(self._times) >= 3:
-            usual = median(self._times)
-            took, most = now - self._step, max(self._settings.slow_step_factor * usual, _FASTEST_SECONDS)
-            if took > most:
-                return f"a step of {took:.0f} s, where the median is {usual:.0f} s, in the phase {self._phase}"
+        began, last, phase = self._step, self._last, self._phase  # the main thread changes them
+        if began is None:
+            return None
+        if now - last > self._hang_seconds:
+            return f"no progress for {now - last:.0f} s in the phase {phase}"
+        if len(self._times) >= 3:
+            usual = median(list(self._times))
+            if now - began > max(self._slow_step_factor * usual, _FASTEST_SECONDS):
+                return f"a step of {now - began:.0f} s, where the median is {usual:.0f} s, in the phase {phase}"
         return None
 
-    def _limit(self) -> float:
-        return self._settings.hang_seconds or float("inf")
-
     def _watch(self) -> None:
-        looked = time.monotonic()
+        """Touches no disk while all is well: one that hangs must not look like a rank that does."""
+        before = time.monotonic()
         while not self._stop.wait(_LOOK_SECONDS):
             self._arm()
             now = time.monotonic()
+            if now - before > _SUSPENDED_SECONDS:  # this process, or its machine, was suspended
+                self._last = now
+            before = now
             trouble = self.trouble(now)
             if trouble is not None and self._tell(trouble):
                 self._end()
-            if now - looked > _LOOK_AT_WORD_SECONDS:
-                looked = now
-                if self._word.exists():  # whoever has given word ends, and the launcher ends this process
-                    self._write_down(trouble or f"in the phase {self._phase}")
-                    return
+
+    def _look(self) -> None:
+        """For another rank's word."""
+        while not self._stop.wait(_LOOK_AT_WORD_SECONDS):
+            with contextlib.suppress(OSError):
+                if self._word.exists():
+                    self._write_down(self.trouble(time.monotonic()) or f"in the phase {self._phase}")
+                    return  # whoever has given word ends, and the launcher ends this process
 
     def _arm(self) -> None:
         """Have the process end, with its stacks, unless this is called again in time."""
@@ -122,7 +131,7 @@ class Watchdog:
             self._word.mkdir()
         except FileExistsError:
             return False
-        except OSError as error:  # the disk may be the trouble
+        except OSError as error:  # the disk may be the trouble: nobody else will hear of it
             logger.error("%s cannot be made: %s", self._word, error)
         logger.error("rank %d on %s: %s", self._world.rank, socket.gethostname(), trouble)
         self._write_down(trouble)
@@ -139,7 +148,8 @@ class Watchdog:
             logger.error("rank %d: %s (not written: %s)", self._world.rank, about, error)
 
     def standing(self) -> dict[str, Any]:
-        """`collective`: the one that the main thread is in, or None; `at`: the place in this package's own code."""
+        """`beats`: how far it is; `collective`: the one that the main thread is in, or None (on a GPU also where it
+        waits for the device, which waits for others); `at`: the place in this package's own code."""
         frame: FrameType | None = sys._current_frames().get(self._main)
         collective, at = None, None
         while frame is not None:
@@ -149,7 +159,7 @@ class Watchdog:
             if at is None and f"{os.sep}megatron_flowrl{os.sep}" in file:
                 at = f"{file.rpartition(f'{os.sep}megatron_flowrl{os.sep}')[2]}:{frame.f_lineno} ({name})"
             frame = frame.f_back
-        return {"collective": collective, "at": at}
+        return {"beats": self._beats, "collective": collective, "at": at}
 
     def _end(self) -> None:
         deadline = time.monotonic() + _FOR_OTHERS_SECONDS
@@ -188,9 +198,14 @@ def conclusion(standing: list[dict[str, Any]], size: int) -> list[str]:
     """Which ranks hold the others up, by where each of them stands."""
     silent = sorted({*range(size)} - {one["rank"] for one in standing})
     lines = [f"rank {rank} has written nothing: it, or its node, is gone or cannot run" for rank in silent]
-    for one in standing:
-        if one["collective"] is None:
-            lines.append(f"rank {one['rank']} on {one['host']} waits for no other rank: {one['what']}, at {one['at']}")
+    least = min((one["beats"] for one in standing), default=0)
+    behind = [one for one in standing if one["beats"] == least]
+    if len(behind) == len(standing):  # all equally far: who waits for nobody holds the others up
+        behind = [one for one in standing if one["collective"] is None]
+        why = "waits for no other rank"
+    else:
+        why = "is behind the others"
+    lines += [f"rank {one['rank']} on {one['host']} {why}: {one['what']}, at {one['at']}" for one in behind]
     if not lines:
         lines = [
             f"rank {one['rank']} on {one['host']} is in {one['collective']}: {one['what']}, at {one['at']}"

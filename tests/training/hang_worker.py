@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_flowrl.config import LoggingConfig, RunConfig
+from megatron_flowrl.config import LoggingConfig
 from megatron_flowrl.observe.log import configure_logging
 from megatron_flowrl.platform.distributed import read_world
 from megatron_flowrl.training import watchdog
@@ -28,7 +28,7 @@ def main(logs: Path, how: str) -> None:
     dist.init_process_group("gloo")
     world = read_world()
     configure_logging(LoggingConfig(), world.rank)
-    with watchdog.Watchdog(RunConfig(hang_seconds=10.0), world, logs) as watch:
+    with watchdog.Watchdog(10.0, 10.0, world, logs) as watch:
         for step in range(10):
             watch.step()
             watch.beat("update")

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from megatron_flowrl.config import RunConfig
 from megatron_flowrl.platform.distributed import World
 from megatron_flowrl.training.watchdog import Watchdog, conclusion
 from tests.distributed.ranks import run_module
@@ -20,7 +19,7 @@ def watch(one_rank_platform: object, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """One whose thread does not run."""
     monkeypatch.setattr("threading.Thread.start", lambda _: None)
     monkeypatch.setattr("faulthandler.dump_traceback_later", lambda *_, **__: None)
-    return Watchdog(RunConfig(hang_seconds=100.0, slow_step_factor=10.0), World(), tmp_path)
+    return Watchdog(100.0, 10.0, World(), tmp_path)
 
 
 def test_no_progress(watch: Watchdog, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,6 +32,8 @@ def test_no_progress(watch: Watchdog, monkeypatch: pytest.MonkeyPatch) -> None:
     clock[0] = 1090.0
     watch.beat()
     assert watch.trouble(1101.0) is None
+    watch.done()
+    assert watch.trouble(9999.0) is None  # what comes between steps has time limits of its own
 
 
 def test_a_step_that_takes_ten_times_as_long(watch: Watchdog, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,8 +68,9 @@ def test_short_steps_are_never_too_slow(watch: Watchdog, monkeypatch: pytest.Mon
     assert watch.trouble(clock[0]) is None
 
 
-def standing(rank: int, collective: str | None) -> dict[str, Any]:
-    return {"rank": rank, "host": f"h{rank}", "what": "no progress", "collective": collective, "at": "x.py:1 (f)"}
+def standing(rank: int, collective: str | None, beats: int = 5) -> dict[str, Any]:
+    about = {"rank": rank, "host": f"h{rank}", "what": "no progress", "beats": beats}
+    return {**about, "collective": collective, "at": "x.py:1 (f)"}
 
 
 def test_who_holds_the_others_up() -> None:
@@ -77,6 +79,8 @@ def test_who_holds_the_others_up() -> None:
         "rank 2 has written nothing: it, or its node, is gone or cannot run",
         "rank 1 on h1 waits for no other rank: no progress, at x.py:1 (f)",
     ]
+    lines = conclusion([standing(0, None, 7), standing(1, None, 6), standing(2, None, 7)], 3)  # as on GPUs
+    assert lines == ["rank 1 on h1 is behind the others: no progress, at x.py:1 (f)"]
     lines = conclusion([standing(0, "all_reduce"), standing(1, "barrier")], 2)
     assert lines[0] == "rank 0 on h0 is in all_reduce: no progress, at x.py:1 (f)" and "for the network" in lines[-1]
 
@@ -101,4 +105,4 @@ def test_a_rank_that_stands_still(tmp_path: Path) -> None:
 def test_a_rank_that_cannot_even_look(tmp_path: Path) -> None:
     done = run_module("tests.training.hang_worker", [str(tmp_path), "locked"], 2, timeout=150)
     assert done.returncode != 0
-    assert "hang_worker.py" in (tmp_path / "locked_rank_1.txt").read_text()
+    assert "hang_worker.py" in next(tmp_path.glob("locked_*_rank_1.txt")).read_text()
