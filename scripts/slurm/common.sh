@@ -11,7 +11,7 @@
 # NCCL: its defaults are good, and what has to be set is the site's. These are the ones that are most often needed; they
 # are passed on from the environment of sbatch, and to be set there or in FLOWRL_SETUP, and nowhere else:
 #
-#   NCCL_SOCKET_IFNAME  interface for bootstrap, as ib0 or =eth0; GLOO_SOCKET_IFNAME is set to the same
+#   NCCL_SOCKET_IFNAME  interface for bootstrap, as ib0 or =eth0; GLOO_SOCKET_IFNAME is set to the same where it is one
 #   NCCL_IB_HCA         InfiniBand devices, as mlx5_0,mlx5_1
 #   NCCL_DEBUG          WARN, or INFO for the first run on a machine
 #   TORCH_NCCL_TRACE_BUFFER_SIZE   collectives that PyTorch's flight recorder keeps (set to 2000 here where it is not)
@@ -26,8 +26,8 @@ fi
 export FLOWRL_HOME FLOWRL_PYTHON
 export PYTHONPATH=$FLOWRL_HOME${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
-if [[ -n ${NCCL_SOCKET_IFNAME:-} && -z ${GLOO_SOCKET_IFNAME:-} ]]; then
-    export GLOO_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME#=}
+if [[ ${NCCL_SOCKET_IFNAME:-} =~ ^=?([A-Za-z0-9._-]+)$ && -z ${GLOO_SOCKET_IFNAME:-} ]]; then # a name, and no list
+    export GLOO_SOCKET_IFNAME=${BASH_REMATCH[1]}
 fi
 
 say() {
@@ -40,7 +40,7 @@ CONTAINER=()
 INSIDE=()
 if [[ -n ${FLOWRL_IMAGE:-} ]]; then
     mounts=$FLOWRL_HOME:$FLOWRL_HOME${FLOWRL_MOUNTS:+,$FLOWRL_MOUNTS}
-    if srun --help 2>/dev/null | grep -q -- --container-image; then
+    if srun --help 2>/dev/null | grep -- --container-image >/dev/null; then
         CONTAINER=(--container-image "$FLOWRL_IMAGE" --container-mounts "$mounts" --no-container-mount-home)
     elif command -v apptainer >/dev/null; then
         INSIDE=(apptainer exec --nv --bind "$mounts" "$FLOWRL_IMAGE")
@@ -54,6 +54,20 @@ ON_NODE='trap "" USR1; [[ -z ${FLOWRL_SETUP:-} ]] || source "$FLOWRL_SETUP" || e
 # The same for a launcher of ranks: NODE_RANK among its arguments becomes the node's place.
 # shellcheck disable=SC2016
 ON_RANK='rank=$SLURM_NODEID; set -- "${@//NODE_RANK/$rank}"; '$ON_NODE
+
+# A command as it runs on a node, but here: in the batch script's own place.
+here() {
+    if ((${#CONTAINER[@]})); then
+        srun "${CONTAINER[@]}" --overlap --nodes=1 --ntasks=1 bash -c "$ON_NODE" - "$@"
+    else
+        bash -c "$ON_NODE" - "${INSIDE[@]}" "$@"
+    fi
+}
+
+# Whether somebody has cancelled the job, which is then not to come back.
+cancelled() {
+    scontrol show job "$SLURM_JOB_ID" | grep -E 'JobState=CANCELLED' >/dev/null
+}
 
 # An address of a node that the others reach: SLURM's own for it, which need not be its name.
 address_of() {

@@ -60,6 +60,11 @@ def sizes_of(config: Config, per_node: int, nodes: int | None, serving: int) -> 
             f"parallel.tensor_model_parallel_size = {parallel.tensor_model_parallel_size} is more than the {per_node} "
             "GPUs of a node, and tensor parallelism between nodes is slower than anything else; lower it"
         )
+    if per_node % parallel.tensor_model_parallel_size:
+        raise UserError(
+            f"parallel.tensor_model_parallel_size = {parallel.tensor_model_parallel_size} does not divide the "
+            f"{per_node} GPUs of a node: some groups would lie on two nodes; change one of them"
+        )
     training = nodes if nodes is not None else -(-replica // per_node)
     if training < 1 or serving < 0:
         raise UserError(f"--nodes {nodes} and --sampler-nodes {serving} cannot be: one node at least trains")
@@ -73,10 +78,17 @@ def sizes_of(config: Config, per_node: int, nodes: int | None, serving: int) -> 
         raise UserError("--sampler-nodes serve vLLM, and rollout.replay needs none; leave one of them out")
     if serving and config.rollout.colocated:
         raise UserError("--sampler-nodes have GPUs of their own: set rollout.colocated=false, or leave them out")
-    if not serving and training > 1 and config.rollout.replay is None and not config.rollout.colocated:
+    sampled = config.rollout.replay is None and not config.generation.urls
+    if not serving and sampled and not config.rollout.colocated:
         raise UserError(
-            f"{training} nodes train and none samples: give --sampler-nodes, or rollout.colocated=true for vLLM on the "
-            "GPUs that train"
+            f"all {training * per_node} GPUs train and none samples: give --sampler-nodes, or rollout.colocated=true "
+            "for vLLM on the GPUs that train"
+        )
+    used = config.rollout.servers * config.rollout.tensor_parallel_size
+    if (serving or (config.rollout.colocated and sampled)) and used > per_node:
+        raise UserError(
+            f"rollout.servers = {config.rollout.servers} with rollout.tensor_parallel_size = "
+            f"{config.rollout.tensor_parallel_size} take {used} GPUs, and a node has {per_node}; lower one of them"
         )
     return Sizes(training, serving, per_node)
 
@@ -101,6 +113,8 @@ def command_of(given: argparse.Namespace, config: Config, more: Sequence[str]) -
     command += [f"--signal=B:USR1@{given.notice}", f"--chdir={os.getcwd()}"]
     command += [f"--time={given.time}"] if given.time else []
     recipe = [str(Path(text).resolve()) if "=" not in text else text for text in given.settings]
+    if not any(text.startswith("run.folder=") for text in recipe):  # the recipe has it, which the script does not read
+        recipe.append(f"run.folder={folder}")
     return [*command, *more, str(SCRIPT), *recipe], environment
 
 
@@ -141,8 +155,11 @@ def status(given: argparse.Namespace) -> None:
         print(f"starts in a row that failed without a new checkpoint: {failures.read_text().strip()}")
     name = given.name or f"flowrl-{folder.name}"
     form = "%.10i %.9P %.20j %.8T %.10M %.10l %.6D %R"
-    found = subprocess.run(["squeue", f"--name={name}", f"--format={form}"], capture_output=True, text=True)
-    print(found.stdout.rstrip() if found.returncode == 0 else f"squeue: {found.stderr.strip()}")
+    try:
+        found = subprocess.run(["squeue", "--me", f"--name={name}", f"--format={form}"], capture_output=True, text=True)
+        print(found.stdout.rstrip() if found.returncode == 0 else f"squeue: {found.stderr.strip()}")
+    except FileNotFoundError:
+        print("squeue is not on this machine: nothing is known of the run's jobs")
     logs = sorted((folder / "slurm").glob("*.log"), key=lambda path: path.stat().st_mtime)
     if logs:
         print(f"newest log: {logs[-1]}")

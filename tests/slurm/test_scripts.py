@@ -6,11 +6,15 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_flowrl.cli import TRAIN_SECTIONS
+from megatron_flowrl.config import check_config, load_config
 from tests.slurm.conftest import REPOSITORY, SCRIPTS, Cluster
 
 pytestmark = pytest.mark.timeout(300)
@@ -19,11 +23,19 @@ SUBMIT = [sys.executable, str(SCRIPTS / "submit.py")]
 STEPS = 12
 
 
-def sbatch(cluster: Cluster, stub: dict[str, str], run: Path, *options: str, steps: int = STEPS, **more: str) -> str:
-    settings = [f"run.folder={run}", f"run.steps={steps}"]
+def sbatch(
+    cluster: Cluster,
+    stub: dict[str, str],
+    run: Path,
+    *options: str,
+    steps: int = STEPS,
+    more: Sequence[str] = (),
+    **variables: str,
+) -> str:
+    settings = [f"run.folder={run}", f"run.steps={steps}", *more]
     log = f"--output={run.parent}/job-%j.log"
     command = ["sbatch", "--parsable", "--gpus-per-node=2", log, *options, str(SCRIPTS / "train.sbatch"), *settings]
-    return cluster.submit(command, **stub, **more)
+    return cluster.submit(command, **stub, **variables)
 
 
 def log_of(run: Path, job: str) -> str:
@@ -97,15 +109,29 @@ def test_failures_without_a_checkpoint_end_it(cluster: Cluster, stub: dict[str, 
     assert "not finished: step 0 of 12" in status.stdout and "failed without a new checkpoint: 2" in status.stdout
 
 
+def test_a_cancelled_job_does_not_come_back(cluster: Cluster, stub: dict[str, str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = sbatch(cluster, stub, run, "--nodes=1")
+    cluster.wait_for(lambda: steps_done(run) >= 2, why=lambda: log_of(run, job))
+    cluster.run(["scancel", job])
+    ends(cluster, run, job, "CANCELLED")
+    time.sleep(8)  # longer than a requeued job is held
+    assert cluster.state(job) == "CANCELLED" and len(starts(run)) == 1
+
+
 def test_nodes_that_serve(cluster: Cluster, stub: dict[str, str], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    job = sbatch(cluster, stub, run, "--nodes=2", steps=2, FLOWRL_SAMPLER_NODES="1")
+    job = sbatch(cluster, stub, run, "--nodes=2", steps=2, more=["rollout.servers=8"], FLOWRL_SAMPLER_NODES="1")
     ends(cluster, run, job)
     serving, training = sorted(starts(run), key=lambda one: str(one["kind"]))
     assert (serving["node"], training["node"]) == ("node2", "node1")
     assert serving["arguments"][2:4] == ["serve", "--for-training"] and "rollout.host=127.0.0.1" in serving["arguments"]
-    assert training["arguments"][-1] == 'generation.urls=["http://node2:8000", "http://node2:8001"]'
-    assert "--nnodes=1" in training["arguments"]
+    given = training["arguments"]
+    assert 'generation.urls=["http://node2:8000", "http://node2:8001"]' in given and "--nnodes=1" in given
+    assert serving["arguments"][-2:] == ["--logs", f"{run}/slurm/vllm_node2"]
+    # The trainer's own check lets them pass, although the recipe says how servers are started.
+    settings = ["model.path=/m", "prompts.path=/p", *given[given.index("train") + 1 :]]
+    check_config(load_config(None, settings, TRAIN_SECTIONS, "train"))
 
 
 def test_a_server_that_does_not_start(cluster: Cluster, stub: dict[str, str], tmp_path: Path) -> None:
@@ -156,7 +182,7 @@ def test_submit(cluster: Cluster, stub: dict[str, str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("run: {steps: 3, prompts_per_step: 8, prompts_per_mini_batch: 8}\n")
-    settings = [str(recipe), f"run.folder={run}", "model.path=/m", "prompts.path=/p"]
+    settings = [str(recipe), f"run.folder={run}", "model.path=/m", "rollout.replay=/r"]
     command = [*SUBMIT, "train", *settings, "--gpus-per-node", "2", "--chain", "2"]
     done = cluster.run([*command, "parallel.tensor_model_parallel_size=2"], **stub)
     assert done.returncode == 0, done.stderr
@@ -167,8 +193,34 @@ def test_submit(cluster: Cluster, stub: dict[str, str], tmp_path: Path) -> None:
         ends(cluster, run / "slurm" / "x", job)
     assert len(starts(run)) == 2 and "finished: step 3 of 3" in cluster.run([*SUBMIT, "status", str(run)]).stdout
     refused = cluster.run([*command, "--nodes", "9"], **stub)
-    assert refused.returncode == 2
-    assert "sbatch refused" in refused.stderr or "9 nodes train and none samples" in refused.stderr
+    assert refused.returncode == 2 and "sbatch refused" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["run.folder=relative"], "run.folder = 'relative' has to be absolute"),
+        (["parallel.tensor_model_parallel_size=16"], "is more than the 8 GPUs of a node"),
+        (["parallel.tensor_model_parallel_size=3"], "does not divide the 8 GPUs of a node"),
+        (["parallel.pipeline_model_parallel_size=3", "--nodes", "1"], "8 processes cannot be shared out evenly"),
+        (["rollout.replay=null"], "all 8 GPUs train and none samples"),
+        (["rollout.replay=null", "--sampler-nodes", "1", "rollout.servers=9"], "take 9 GPUs, and a node has 8"),
+        (["--sampler-nodes", "1"], "rollout.replay needs none"),
+        (["--notice", "30"], "give more than 60 s"),
+        (["--name", "a/b"], "cannot be a job's"),
+        (["--nodes", "100"], "are fewer than the 800 data-parallel ranks"),
+        (["optimiser.lr=1"], "did you mean optimizer.lr"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_it_is_queued(settings: list[str], message: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "run: {folder: /run, prompts_per_step: 8, prompts_per_mini_batch: 8}\n"
+        "model: {path: /m}\nrollout: {replay: /r}\n"
+    )
+    given = [str(recipe), "--gpus-per-node", "8", "--dry-run"]
+    done = subprocess.run([*SUBMIT, "train", *given, *settings], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr
 
 
 def test_every_script_is_accepted(cluster: Cluster) -> None:
