@@ -12,7 +12,7 @@ REQUIREMENTS := requirements/cpu.txt requirements/dev.txt
 help:
 	@echo "make install      create $(VENV) with the pinned CPU profile"
 	@echo "make demo         install if needed, train a model from nothing with FlowRL: a quarter of an hour, runs/demo"
-	@echo "make compare      FlowRL and what it is compared with, three seeds each: about an hour and three quarters, runs/compare"
+	@echo "make compare      FlowRL and what it is compared with, three seeds each: about an hour and a half, runs/compare"
 	@echo "make test         install if needed, run all tests (Python 3.11, Megatron-Core 0.16.1)"
 	@echo "make test-latest  the distributed core tests on Python 3.12 and Megatron-Core 0.19.2"
 	@echo "make lint         ruff and mypy"

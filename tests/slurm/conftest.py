@@ -43,6 +43,7 @@ SlurmdLogFile={folder}/slurmd_%n.log
 SlurmdParameters=config_overrides
 SlurmctldParameters=preempt_send_user_signal
 ReturnToService=2
+EnforcePartLimits=ALL
 KillWait=5
 MinJobAge=300
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0
