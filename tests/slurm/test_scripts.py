@@ -20,7 +20,7 @@ from tests.slurm.conftest import REPOSITORY, SCRIPTS, Cluster
 pytestmark = pytest.mark.timeout(300)
 
 SUBMIT = [sys.executable, str(SCRIPTS / "submit.py")]
-STEPS = 12
+STEPS = 30
 
 
 def sbatch(
@@ -106,12 +106,12 @@ def test_failures_without_a_checkpoint_end_it(cluster: Cluster, stub: dict[str, 
     ends(cluster, run, job, "FAILED")
     assert len(starts(run)) == 2 and "2 starts in a row have ended" in log_of(run, job)
     status = cluster.run([*SUBMIT, "status", str(run)])
-    assert "not finished: step 0 of 12" in status.stdout and "failed without a new checkpoint: 2" in status.stdout
+    assert f"not finished: step 0 of {STEPS}" in status.stdout and "failed without a new checkpoint: 2" in status.stdout
 
 
 def test_a_cancelled_job_does_not_come_back(cluster: Cluster, stub: dict[str, str], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    job = sbatch(cluster, stub, run, "--nodes=1")
+    job = sbatch(cluster, stub, run, "--nodes=1", steps=1000)
     cluster.wait_for(lambda: steps_done(run) >= 2, why=lambda: log_of(run, job))
     cluster.run(["scancel", job])
     ends(cluster, run, job, "CANCELLED")
