@@ -244,12 +244,7 @@ def _run_settings(
 
 
 def _report(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="megatron-flowrl report",
-        description=_REPORT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = _parser("report", _REPORT)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument("--output", metavar="FILE", help="default: report.html in the first run's folder")
     given = parser.parse_args(arguments)
@@ -262,12 +257,7 @@ def _report(arguments: Sequence[str]) -> None:
 
 
 def _status(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="megatron-flowrl status",
-        description=_STATUS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = _parser("status", _STATUS)
     parser.add_argument("run", metavar="RUN", help="folder of a run")
     parser.add_argument("--saved", action="store_true", help="print the newest checkpoint's step alone")
     given = parser.parse_args(arguments)
@@ -345,12 +335,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
 
 
 def _compare(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="megatron-flowrl compare",
-        description=_COMPARE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = _parser("compare", _COMPARE)
     parser.add_argument("evaluations", nargs="+", metavar="DIR", help="an --output of evaluate")
     parser.add_argument("--output", metavar="DIR", required=True, help="folder of the pictures")
     given = parser.parse_args(arguments)
@@ -360,12 +345,7 @@ def _compare(arguments: Sequence[str]) -> None:
 
 
 def _convert(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="megatron-flowrl convert",
-        description=_CONVERT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = _parser("convert", _CONVERT)
     kinds = {"hf-to-megatron": _hf_to_megatron, "megatron-to-hf": _megatron_to_hf, "inspect": _inspect}
     parser.add_argument("kind", choices=tuple(kinds), help="see KIND --help")
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
@@ -421,16 +401,21 @@ def _bytes(text: str) -> int:
     return size
 
 
-def _command_parser(
-    name: str, description: str, sections: Sequence[str], *positionals: str, recipe_first: bool = False
-) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser(name: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """Of a command, with its texts as they are."""
+    return argparse.ArgumentParser(
         prog=f"megatron-flowrl {name}",
         description=description,
-        epilog="settings:\n\n" + format_help(sections),
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def _command_parser(
+    name: str, description: str, sections: Sequence[str], *positionals: str, recipe_first: bool = False
+) -> argparse.ArgumentParser:
+    parser = _parser(name, description, "settings:\n\n" + format_help(sections))
     for positional in positionals:
         parser.add_argument(positional)
     what = "a recipe, and settings over its own" if recipe_first else "settings, over the recipe's"

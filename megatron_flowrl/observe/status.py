@@ -37,7 +37,7 @@ class RunStatus:
     def line(self) -> str:
         """For people."""
         if self.steps is None:
-            return "not begun"
+            return f"not begun: there is no {CONFIG} in the folder"
         ago = f", {duration(self.age).strip()} ago" if self.age is not None else ""
         state = "finished" if self.finished else "not finished"
         return f"{state}: step {self.recorded} of {self.steps}{ago}; checkpoint of step {self.saved}"

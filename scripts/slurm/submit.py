@@ -24,9 +24,17 @@ from pathlib import Path
 HOME = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(HOME))
 
-from megatron_flowrl.cli import TRAIN_SECTIONS  # noqa: E402
-from megatron_flowrl.config import Config, UserError, check_config, data_parallel_size, load_config  # noqa: E402
-from megatron_flowrl.observe.status import status_of  # noqa: E402
+try:
+    from megatron_flowrl.cli import TRAIN_SECTIONS
+    from megatron_flowrl.config import Config, UserError, check_config, data_parallel_size, load_config
+    from megatron_flowrl.observe.status import status_of
+except ImportError as error:  # another python than the environment's
+    own = HOME / ".venv" / "bin" / "python"
+    if own.is_file() and not os.environ.get("_FLOWRL_SUBMIT"):
+        os.execve(own, [str(own), *sys.argv], {**os.environ, "_FLOWRL_SUBMIT": "1"})
+    sys.exit(
+        f"submit.py: error: {sys.executable} cannot import the program ({error}); make install, or call its python"
+    )
 
 SCRIPT = HOME / "scripts" / "slurm" / "train.sbatch"
 _MARGIN_SECONDS = 60.0  # SLURM gives notice up to so much too early or late

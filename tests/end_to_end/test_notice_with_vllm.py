@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.ranks import REPOSITORY
 from tests.end_to_end.test_export_in_vllm import processes_with
 from tests.tiny_tasks import SETTINGS, save_task
+from tests.training.recorded import start_run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -46,15 +45,7 @@ def start(task: Path, run: Path, **more: Any) -> subprocess.Popen[str]:
         **{name.replace("__", "."): value for name, value in more.items()},
     }
     given = [f"{name}={json.dumps(value) if isinstance(value, list) else value}" for name, value in settings.items()]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return subprocess.Popen(
-        [*launcher, "--shutdown-timeout", "100", "-m", "megatron_flowrl", "train", *given],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return start_run(["train", *given], 2, "--shutdown-timeout", "100")
 
 
 def after_a_step(process: subprocess.Popen[str], run: Path, then: Callable[[], object]) -> tuple[int, str]:

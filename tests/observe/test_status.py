@@ -24,7 +24,10 @@ def run_folder(folder: Path, recorded: int, saved: int | None, more: str = "") -
 
 
 def test_before_its_first_step(tmp_path: Path) -> None:
-    assert status_of(tmp_path / "none").line() == "not begun" and not status_of(tmp_path / "none").finished
+    assert (
+        status_of(tmp_path / "none").line() == "not begun: there is no config.yaml in the folder"
+        and not status_of(tmp_path / "none").finished
+    )
     status = status_of(run_folder(tmp_path / "run", 0, None))
     assert (status.saved, status.recorded, status.steps) == (0, 0, 6)
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ from megatron_flowrl.data.batch import TokenSequence
 from megatron_flowrl.data.tokenizer import load_tokenizer
 from megatron_flowrl.rollout.generation import VersionSpan
 from megatron_flowrl.rollout.record import RecordFolder, RolloutRecord
+from tests.distributed.ranks import REPOSITORY
 from tests.tiny_models import VOCABULARY
 from tests.tiny_tasks import EOS, SETTINGS
 
@@ -67,3 +72,25 @@ def arguments(task: Path, records: Path, run: Path, **settings: Any) -> list[str
 def metrics_of(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def start_run(given: Sequence[str], ranks: int, *launcher: str) -> subprocess.Popen[str]:
+    """`megatron-flowrl` with these arguments on so many ranks, in a session of its own; its output can be read."""
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(ranks),
+        *launcher,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(
+        [*torchrun, "-m", "megatron_flowrl", *given],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )

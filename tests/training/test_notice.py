@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +16,8 @@ import torch
 from megatron_flowrl.config import SharedUserError
 from megatron_flowrl.rollout.errors import Interrupted
 from megatron_flowrl.training.notice import Notice
-from tests.distributed.ranks import REPOSITORY
 from tests.tiny_tasks import save_task
-from tests.training.recorded import arguments, metrics_of, write_records
+from tests.training.recorded import arguments, metrics_of, start_run, write_records
 from tests.training.test_restart import lines, state_of
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
@@ -37,12 +35,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(task: Path, run: Path, *launcher: str) -> subprocess.Popen[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *launcher]
-    command = [*torchrun, "-m", "megatron_flowrl", *arguments(task, task / "records", run, **SETTINGS)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    return start_run(arguments(task, task / "records", run, **SETTINGS), 2, *launcher)
 
 
 def ended(process: subprocess.Popen[str]) -> str:

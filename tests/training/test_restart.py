@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from tests.distributed.ranks import REPOSITORY
 from tests.tiny_tasks import save_task
-from tests.training.recorded import arguments, metrics_of, write_records
+from tests.training.recorded import arguments, metrics_of, start_run, write_records
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
@@ -41,12 +39,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(task: Path, run: Path, ranks: int) -> subprocess.Popen[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [*launcher, "-m", "megatron_flowrl", *arguments(task, task / "records", run, **SETTINGS)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    return start_run(arguments(task, task / "records", run, **SETTINGS), ranks)
 
 
 def finish(process: subprocess.Popen[str]) -> str:
