@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import pickle
 import queue
 import signal
-import sys
 import tempfile
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-_PR_SET_PDEATHSIG = 1
+from megatron_flowrl.platform.parent import signal_at_parents_end
 
 
 def die_with(parent: int) -> None:
@@ -21,12 +19,9 @@ def die_with(parent: int) -> None:
 
     On Linux; elsewhere nothing happens.
     """
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
 
     def arm() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a fork begins without it
+        signal_at_parents_end(signal.SIGKILL)
 
     arm()
     if os.getppid() != parent:  # it had ended before

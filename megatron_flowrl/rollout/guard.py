@@ -1,11 +1,14 @@
 """Runs a server for a parent, and ends it when the parent ends, however that happens.
 
-    python -m megatron_flowrl.rollout.guard GRACE_SECONDS COMMAND ...
+    python -m megatron_flowrl.rollout.guard GRACE_SECONDS TELL COMMAND ...
 
 The parent holds the other end of this process's standard input. When that closes (the parent is done, was interrupted,
 or was killed) or a signal to stop arrives, the server gets SIGTERM and `GRACE_SECONDS`; then what is left of its
 session gets SIGTERM, and at last SIGKILL, and what its processes had in /dev/shm is removed, as is their folder for
 temporary files (vLLM's sockets). The exit status is the server's.
+
+To the file descriptor TELL it writes, as JSON, the server's session and its folder for temporary files: should the
+guard itself be killed, the kernel asks the server to end, and the parent removes what is left with `clear`.
 
 A server is more than one process: vLLM's own children outlive it when it is killed, and so do their files in shared
 memory. Only the standard library is imported here: a guard a server costs a few megabytes.
@@ -14,8 +17,11 @@ memory. Only the standard library is imported here: a guard a server costs a few
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,10 +32,12 @@ from pathlib import Path
 from types import FrameType
 
 _SHARED_MEMORY = "/dev/shm/"
+_SHARED_FILE = "shared_memory.json"  # in the folder for temporary files: what was seen, for `clear`
 _LOOK_SECONDS = 0.5
 _LAST_SECONDS = 5.0
 _LONGEST_FOLDER = 60  # a socket's path has at most 107 characters, 37 of which are its name in vLLM
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1
 
 
 def session_members(session: int) -> list[int]:
@@ -72,24 +80,41 @@ def end(server: subprocess.Popen[bytes], grace_seconds: float) -> None:
     with contextlib.suppress(subprocess.TimeoutExpired):
         server.wait(grace_seconds)
     shared |= shared_memory_of(session_members(server.pid))
+    _end_session(server.pid, min(grace_seconds, _LAST_SECONDS))
+    server.wait()
+    _remove(shared)
+
+
+def clear(session: int, temporary: str, grace_seconds: float) -> None:
+    """What a guard that was killed has left: its server's processes, their files in /dev/shm, and their folder."""
+    shared = shared_memory_of(session_members(session))
+    with contextlib.suppress(OSError, ValueError):
+        shared |= {*json.loads(Path(temporary, _SHARED_FILE).read_text())}
+    _end_session(session, grace_seconds)
+    _remove(shared)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _end_session(session: int, seconds: float) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for member in session_members(server.pid):
+        for member in session_members(session):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(member, number)
-        deadline = time.monotonic() + min(grace_seconds, _LAST_SECONDS)
-        while session_members(server.pid) and time.monotonic() < deadline:
-            server.poll()  # collect it, so that it does not stay as a dead member
+        deadline = time.monotonic() + seconds
+        while session_members(session) and time.monotonic() < deadline:
             time.sleep(0.02)
-    server.wait()
+
+
+def _remove(shared: set[str]) -> None:
     for name in shared:
         with contextlib.suppress(OSError):
             os.unlink(name)
 
 
-def guard(grace_seconds: float, command: list[str]) -> int:
+def guard(grace_seconds: float, tell: int, command: list[str]) -> int:
     """Run `command` until it ends or has to; returns its exit status, negative for a signal."""
     with tempfile.TemporaryDirectory(prefix="server-", ignore_cleanup_errors=True) as temporary:
-        return _guard(grace_seconds, command, _with_temporary(temporary))
+        return _guard(grace_seconds, tell, command, temporary)
 
 
 def _with_temporary(folder: str) -> dict[str, str]:
@@ -100,7 +125,7 @@ def _with_temporary(folder: str) -> dict[str, str]:
     return {"TORCHINDUCTOR_CACHE_DIR": kept, **os.environ, "TMPDIR": folder}
 
 
-def _guard(grace_seconds: float, command: list[str], environment: dict[str, str]) -> int:
+def _guard(grace_seconds: float, tell: int, command: list[str], temporary: str) -> int:
     stopping = False
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -111,23 +136,40 @@ def _guard(grace_seconds: float, command: list[str], environment: dict[str, str]
         signal.signal(number, stop)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a cluster's notice is the trainer's; the server inherits this
     try:
-        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, env=environment)
+        server = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env=_with_temporary(temporary),
+            preexec_fn=_end_with_guard if sys.platform == "linux" else None,  # one thread: nothing can be held here
+        )
     except OSError as error:
         print(f"cannot start {command[0]}: {error.strerror}", file=sys.stderr)
         return 127
+    os.write(tell, json.dumps([server.pid, temporary]).encode())
+    os.close(tell)
     shared: set[str] = set()
     while server.poll() is None and not stopping:
         # Looked at all the time: a server that dies by itself can no longer be asked.
-        shared |= shared_memory_of(session_members(server.pid))
+        seen = shared_memory_of(session_members(server.pid))
+        if not seen <= shared:
+            shared |= seen
+            with contextlib.suppress(OSError):
+                Path(temporary, _SHARED_FILE).write_text(json.dumps(sorted(shared)))
         with contextlib.suppress(InterruptedError):
             ready, _, _ = select.select([sys.stdin], [], [], _LOOK_SECONDS)
             stopping = stopping or (bool(ready) and not os.read(sys.stdin.fileno(), 4096))
     end(server, grace_seconds)
-    for name in shared:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
+    _remove(shared)
     return server.returncode
 
 
+_LIBC = ctypes.CDLL(None)
+
+
+def _end_with_guard() -> None:
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 if __name__ == "__main__":
-    sys.exit(guard(float(sys.argv[1]), sys.argv[2:]))
+    sys.exit(guard(float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))

@@ -27,6 +27,7 @@ import torch
 
 from megatron_flowrl.config import RolloutConfig
 from megatron_flowrl.rollout.errors import ServerError
+from megatron_flowrl.rollout.guard import clear
 
 GRACE_SECONDS = 20.0
 _TAIL_BYTES = 6000
@@ -71,6 +72,7 @@ class VllmServer:
         self._transfer, self._resources = transfer, dict(resources or {})
         self._random_weights = random_weights
         self._guard: subprocess.Popen[bytes] | None = None
+        self._told: int | None = None  # file descriptor on which the guard says what it has started
 
     @property
     def url(self) -> str:
@@ -83,11 +85,13 @@ class VllmServer:
         Raises ServerError where the port is taken, vLLM is missing, or /dev/shm is too full for its workers.
         """
         check_vllm()
+        self._clear_up()
         if self._held is None:
             self._take_port(self.port)
         check_shared_memory(self.settings.tensor_parallel_size)
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        guard = [sys.executable, "-m", "megatron_flowrl.rollout.guard", str(GRACE_SECONDS), *self.command()]
+        self._told, tell = os.pipe()
+        guard = [sys.executable, "-m", "megatron_flowrl.rollout.guard", str(GRACE_SECONDS), str(tell), *self.command()]
         self._starts += 1
         self._log_begins = self.log.stat().st_size if self._starts > 1 and self.log.exists() else 0
         with self.log.open("wb" if self._starts == 1 else "ab") as output:
@@ -98,7 +102,9 @@ class VllmServer:
                 stderr=subprocess.STDOUT,
                 env=server_environment(os.environ, self.settings) | self._resources | self._for_transfer(),
                 start_new_session=True,  # Ctrl-C is for us; the guard hears of it from us
+                pass_fds=[tell],
             )
+        os.close(tell)
 
     def _for_transfer(self) -> dict[str, str]:
         """CUDA handles come pickled, which vLLM takes only when told so; whoever reaches its routes can do worse."""
@@ -180,7 +186,19 @@ class VllmServer:
         self.ask_to_stop()
         if self._guard is not None:
             self._guard.wait()
+        self._clear_up()
         self._release_port()
+
+    def _clear_up(self) -> None:
+        """What is left where the guard was killed, and could not."""
+        if self._told is None:
+            return
+        with os.fdopen(self._told) as told:
+            self._told = None
+            said = told.read()  # the guard has ended
+        if said and self._guard is not None and (self._guard.returncode or 0) < 0:
+            session, temporary = json.loads(said)
+            clear(session, temporary, GRACE_SECONDS)
 
     def _take_port(self, port: int = 0) -> None:
         self._release_port()

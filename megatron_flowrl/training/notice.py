@@ -1,5 +1,7 @@
 """A notice that the run is to end soon: SIGTERM or SIGUSR1, as a cluster gives before a time limit or a pre-emption.
 
+The end of the launcher, without which nobody would end or restart the ranks, is a notice too (on Linux).
+
 The signal's handler only remembers it; it may come to any rank, once or many times. All ranks ask together at the safe
 points of a step, and then save and end. While rank 0 waits for answers it asks by itself, and gives the answers up:
 they may be long, and the weights have not changed since the last step.
@@ -15,6 +17,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_flowrl.observe.log import logger
+from megatron_flowrl.platform.distributed import World
+from megatron_flowrl.platform.parent import signal_at_parents_end
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -22,8 +26,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class Notice:
     """A context manager, of the main thread: the signals are handled inside. All ranks construct it together."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, world: World, device: torch.device) -> None:
+        self._world, self._device = world, device
         self._given: signal.Signals | None = None
         self._before: dict[signal.Signals, signal._HANDLER] = {}
         self._taken = False
@@ -46,11 +50,15 @@ class Notice:
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._take) for number in SIGNALS}
+        if self._world.under_torchrun:
+            signal_at_parents_end(signal.SIGTERM)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._world.under_torchrun:
+            signal_at_parents_end(None)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

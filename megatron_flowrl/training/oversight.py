@@ -35,7 +35,7 @@ def overseen(session: Session) -> Iterator[Oversight]:
     if seconds is None:
         seconds = _SHARE * 60 * config.parallel.distributed_timeout_minutes
     watchdog = Watchdog(seconds, config.run.slow_step_factor, session.world, logs)
-    with Notice(session.platform.device) as notice, watchdog:
+    with Notice(session.world, session.platform.device) as notice, watchdog:
         yield Oversight(notice, watchdog)
 
 

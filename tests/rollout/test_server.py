@@ -108,6 +108,24 @@ def test_a_server_that_crashes_leaves_nothing(fake: Any) -> None:
     server.assert_nothing_is_left()
 
 
+@pytest.mark.parametrize("mode", ["normal", "stubborn"])
+def test_a_guard_that_is_killed(mode: str, fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "GRACE_SECONDS", 0.5)
+    server = fake(mode)
+    server.start()
+    server.wait_until_ready()
+    time.sleep(1.0)  # the guard has looked at it meanwhile
+    front_end, shared = server.processes()[0], Path((server.folder / "shared").read_text())
+    os.kill(int(Path(f"/proc/{front_end}/stat").read_text().rpartition(")")[2].split()[1]), signal.SIGKILL)
+    wait_for(lambda: not server.is_running())
+    if mode == "normal":
+        wait_for(lambda: not is_alive(front_end))  # the kernel has told it
+    server.start_again()
+    assert not is_alive(front_end) and not shared.exists()
+    server.stop()
+    server.assert_nothing_is_left()
+
+
 def test_the_end_of_the_log_says_why_a_server_did_not_start(fake: Any) -> None:
     server = fake("dies")
     server.start()

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megatron_flowrl.config import SharedUserError
+from megatron_flowrl.platform.distributed import World
 from megatron_flowrl.rollout.errors import Interrupted
 from megatron_flowrl.training.notice import Notice
 from tests.tiny_tasks import save_task
@@ -107,10 +108,23 @@ def test_what_ends_torchrun_ends_its_ranks_in_order(task: Path, tmp_path: Path) 
     assert (run / "checkpoints" / "latest").read_text().strip() == f"step_{step:08d}"
 
 
+def test_ranks_whose_launcher_is_killed_save_and_end(task: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(task, run)
+    after(run, 1, process)
+    ranks = ranks_of(process.pid)
+    process.kill()
+    output = ended(process)  # the ranks have its standard output, too
+    assert not any(Path(f"/proc/{rank}/maps").exists() and Path(f"/proc/{rank}/maps").read_text() for rank in ranks)
+    step = len(metrics_of(run))
+    assert step < STEPS and f"ends after step {step} of {STEPS}, which is saved" in output
+    assert (run / "checkpoints" / "latest").read_text().strip() == f"step_{step:08d}"
+
+
 @pytest.mark.usefixtures("one_rank_platform")
 def test_handlers_are_put_back() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
-    with Notice(torch.device("cpu")) as notice:
+    with Notice(World(), torch.device("cpu")) as notice:
         assert not notice.given() and not notice.everywhere()
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
