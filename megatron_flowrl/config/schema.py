@@ -281,6 +281,10 @@ class RolloutConfig:
     max_restarts: NonNegativeInt = 3
     """How often in a row, without an answer in between, a server that fails is started again."""
 
+    hang_seconds: NonNegativeFloat | None = None
+    """How long a server that was asked for answers may go without making or reading a token: then it is ended and
+    started again, and its prompts go elsewhere. null: 90 on GPUs, 600 on CPUs. 0: for ever."""
+
     replay: Annotated[str, Field(min_length=1)] | None = None
     """Folder of recorded rollouts, RUN/rollouts of some run, to train on instead of sampling: no server is started."""
 

@@ -27,6 +27,10 @@ class ServerControl:
         """GET; see HttpLoop.get for what is raised."""
         return await self.http.get(self.url + route, timeout=SHORT_SECONDS)
 
+    async def text(self, route: str) -> str:
+        """GET of text; see HttpLoop.get for what is raised."""
+        return await self.http.text(self.url + route, timeout=SHORT_SECONDS)
+
     async def post(self, route: str, body: object = None, *, timeout: float | None = None) -> Any:
         """POST; see HttpLoop.get for what is raised."""
         return await self.http.post(self.url + route, body, timeout=self.timeout if timeout is None else timeout)

@@ -27,13 +27,13 @@ from megatron_flowrl.observe.log import logger
 from megatron_flowrl.rollout.control import ServerControl, on_each
 from megatron_flowrl.rollout.errors import BadReply, Refused, ReplyError, ServerError, Unreachable
 from megatron_flowrl.rollout.generation import ROUTE, Answer, Job
+from megatron_flowrl.rollout.health import Health
 from megatron_flowrl.rollout.http import HttpLoop
 from megatron_flowrl.rollout.replica import Replica, State
-from megatron_flowrl.rollout.server import VllmServer
+from megatron_flowrl.rollout.server import VllmServer, visible_gpus
 
 _AHEAD = 8  # requests beyond what a server works on at once, so that it never waits for one
 _WATCH_SECONDS = 2.0
-_STRIKES = 3  # looks in a row that find a server not well, before a silent one is given up
 _WATCHED = (State.READY, State.STALE, State.PAUSED)
 _POLL_SECONDS = 0.01
 _OVERTAKEN_SECONDS = 0.5  # what runs so long after an abort was on its way to the server then, and waits there
@@ -116,10 +116,12 @@ class Fleet:
         request_timeout: float,
         max_retries: int,
         max_restarts: int,
+        hang_seconds: float = 0.0,
     ) -> None:
         self.http, self.replicas = http, list(replicas)
         self.version: str | None = None
         self._request_timeout, self._max_retries, self._max_restarts = request_timeout, max_retries, max_restarts
+        self._hang_seconds = hang_seconds
         self._work = _Work()
         self._background: set[asyncio.Task[None]] = set()
         self._closing = False
@@ -320,18 +322,15 @@ class Fleet:
             self._turn_stale(replica)
 
     async def _watch(self) -> None:
-        """Look at the servers now and then: one that hangs breaks no connection."""
-        strikes: dict[Replica, int] = {}
+        """Look at the servers now and then."""
+        seen: dict[Replica, Health] = {}
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
             watched = [r for r in self.replicas if r.state in _WATCHED]
-            wells = await asyncio.gather(*(replica.is_well() for replica in watched))
-            for replica, well in zip(watched, wells, strict=True):
-                strikes[replica] = 0 if well else strikes.get(replica, 0) + 1
-                ended = replica.process is not None and not replica.process.is_running()
-                if (ended or strikes[replica] >= _STRIKES) and replica.state in _WATCHED:
-                    strikes[replica] = 0
-                    why = "has ended" if ended else "does not say that it is well any more"
+            looks = [seen.setdefault(replica, Health(self._hang_seconds)).look(replica) for replica in watched]
+            for replica, why in zip(watched, await asyncio.gather(*looks), strict=True):
+                if why is not None and replica.state in _WATCHED:
+                    del seen[replica]
                     await self._take_down(replica, f"{replica.url} {why}")
 
     async def _take_down(self, replica: Replica, why: str) -> None:
@@ -477,4 +476,10 @@ def make_fleet(config: Config, http: HttpLoop, targets: Sequence[VllmServer | st
         request_timeout=generation.request_timeout_seconds,
         max_retries=generation.max_retries,
         max_restarts=rollout.max_restarts,
+        hang_seconds=_hang_seconds(rollout.hang_seconds),
     )
+
+
+def _hang_seconds(given: float | None) -> float:
+    """A GPU makes tokens all the time; a CPU may read a long prompt for minutes."""
+    return given if given is not None else 90.0 if visible_gpus() else 600.0

@@ -47,6 +47,10 @@ class HttpLoop:
         """The JSON of a reply, None for an empty one. Raises Refused, Unreachable or BadReply, which name the url."""
         return await self._ask("GET", url, None, timeout)
 
+    async def text(self, url: str, *, timeout: float) -> str:
+        """As `get`, for a reply that is text."""
+        return (await self._content("GET", url, None, timeout)).decode(errors="replace")
+
     async def post(self, url: str, body: object = None, *, timeout: float) -> Any:
         """As `get`, for a POST of JSON."""
         return await self._ask("POST", url, body, timeout)
@@ -61,6 +65,15 @@ class HttpLoop:
         self._loop.close()
 
     async def _ask(self, method: str, url: str, body: object, timeout: float) -> Any:
+        content = await self._content(method, url, body, timeout)
+        if not content.strip():
+            return None
+        try:
+            return json.loads(content)
+        except ValueError:
+            raise BadReply(f"{url} did not answer JSON: {_excerpt(content)}") from None
+
+    async def _content(self, method: str, url: str, body: object, timeout: float) -> bytes:
         limits = aiohttp.ClientTimeout(total=timeout, sock_connect=_CONNECT_SECONDS)
         try:
             async with self._session.request(method, url, json=body, timeout=limits) as reply:
@@ -76,12 +89,7 @@ class HttpLoop:
             raise BadReply(f"{url} failed with HTTP status {status}: {_excerpt(content)}")
         if status >= 400:
             raise Refused(f"{url} refused with HTTP status {status}: {_excerpt(content)}")
-        if not content.strip():
-            return None
-        try:
-            return json.loads(content)
-        except ValueError:
-            raise BadReply(f"{url} did not answer JSON: {_excerpt(content)}") from None
+        return content
 
     async def _open(self) -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_SECONDS)

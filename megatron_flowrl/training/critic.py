@@ -26,7 +26,7 @@ from megatron_flowrl.platform import Platform
 from megatron_flowrl.training.collect import Collected, agreed, members_of
 from megatron_flowrl.training.experience import Experience, whole_plan
 from megatron_flowrl.training.optimizer import Optimizer
-from megatron_flowrl.training.passes import AtEnd, ask, gather_rows, local_batches, train_on
+from megatron_flowrl.training.passes import Listener, ask, gather_rows, local_batches, train_on
 from megatron_flowrl.training.reductions import sequence_sums
 from megatron_flowrl.training.schedule import build_schedule
 from megatron_flowrl.training.update import Constants
@@ -51,19 +51,19 @@ class Critic:
         self.schedule = build_schedule(self.optimizer.megatron, settings.optimizer)
         self.state = TrainingState(self.model, self.optimizer.megatron, self.schedule)  # for a checkpoint of its own
 
-    def values(self, experience: Experience, packing: PackingPlan, at_end: AtEnd | None = None) -> Tensor:
+    def values(self, experience: Experience, packing: PackingPlan, listener: Listener | None = None) -> Tensor:
         """The value before each response token, fp32 [T], on every rank: a forward-only pass over the whole plan."""
         batches = whole_plan(experience.sequences, packing, self._device)
-        outputs: list[TokenValues] = ask(self.model.chunks, batches, _request, at_end=at_end)
+        outputs: list[TokenValues] = ask(self.model.chunks, batches, _request, listener=listener)
         flat, _ = gather_rows(experience.sequences, batches, [[output.values] for output in outputs], 1)
         return flat[0]
 
-    def with_values(self, experience: Experience, packing: PackingPlan, at_end: AtEnd | None = None) -> Experience:
+    def with_values(self, experience: Experience, packing: PackingPlan, listener: Listener | None = None) -> Experience:
         """The experience with the critic's values: what advantages are made from, and old values at the update."""
-        return replace(experience, values=self.values(experience, packing, at_end))
+        return replace(experience, values=self.values(experience, packing, listener))
 
     def update(
-        self, experience: Experience, constants: Constants, mini_batch: int, at_end: AtEnd | None = None
+        self, experience: Experience, constants: Constants, mini_batch: int, listener: Listener | None = None
     ) -> dict[str, float]:
         """One optimizer step towards the returns that the objective has made of the rewards.
 
@@ -79,7 +79,7 @@ class Critic:
         batches = local_batches(constants.sequences, constants.packing, mini_batch, self._device)
         self.optimizer.zero_grad()
         loss = partial(self._loss, constants, experience.values.to(self._device), tokens, found)
-        train_on(self.model.chunks, batches, _request, loss, at_end=at_end)
+        train_on(self.model.chunks, batches, _request, loss, listener=listener)
         sums = {name: values.double() for name, values in found.everywhere().items()}
         finite = agreed(bool(sums["loss"].isfinite().all()), self._device)
         result = self.optimizer.step(skip=not finite)

@@ -15,7 +15,7 @@ from megatron_flowrl.model.gpt import EntropyMode
 from megatron_flowrl.objectives.batch import Needs, Rollout
 from megatron_flowrl.objectives.importance import sampler_weights
 from megatron_flowrl.objectives.rewards import informative, overlong_penalty
-from megatron_flowrl.training.passes import AtEnd, ScoredTokens, forward_only, gather_tokens, local_batches
+from megatron_flowrl.training.passes import Listener, ScoredTokens, forward_only, gather_tokens, local_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,12 +140,12 @@ def score(
     device: torch.device,
     *,
     entropy: bool = False,
-    at_end: AtEnd | None = None,
+    listener: Listener | None = None,
 ) -> ScoredTokens:
     """Log-probs, and entropies where asked for, of all response tokens under a model: one forward-only pass."""
     batches = whole_plan(experience.sequences, packing, device)
     mode: EntropyMode = "detached" if entropy else "none"
-    outputs = forward_only(chunks, batches, config.log_prob, entropy=mode, at_end=at_end)
+    outputs = forward_only(chunks, batches, config.log_prob, entropy=mode, listener=listener)
     return gather_tokens(experience.sequences, batches, outputs, entropy=entropy)
 
 
@@ -156,10 +156,10 @@ def with_old_pass(
     config: Config,
     device: torch.device,
     needs: Needs,
-    at_end: AtEnd | None = None,
+    listener: Listener | None = None,
 ) -> Experience:
     """The experience with the policy's own log-probs before any update."""
-    old = score(chunks, experience, packing, config, device, entropy=needs.old_entropy, at_end=at_end)
+    old = score(chunks, experience, packing, config, device, entropy=needs.old_entropy, listener=listener)
     return replace(experience, old=old)
 
 
@@ -169,7 +169,7 @@ def with_reference_pass(
     packing: PackingPlan,
     config: Config,
     device: torch.device,
-    at_end: AtEnd | None = None,
+    listener: Listener | None = None,
 ) -> Experience:
     """The experience with the reference's log-probs."""
-    return replace(experience, reference=score(chunks, experience, packing, config, device, at_end=at_end))
+    return replace(experience, reference=score(chunks, experience, packing, config, device, listener=listener))

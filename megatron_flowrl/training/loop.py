@@ -106,7 +106,7 @@ def _train(
             shares = mini_batches(experience.groups.tolist(), config.run.prompts_per_mini_batch)
             oversight.watchdog.step()
             with progress(config.logging, rank, len({*shares}), f"update {step}") as advance:
-                trained = trainer.step(step, experience, shares, timers, advance)
+                trained = trainer.step(step, experience, shares, timers, advance, oversight.watchdog.sign)
             oversight.watchdog.done()
         position, last = rollout.next_position, step == config.run.steps
         ending = oversight.notice.everywhere() and not last

@@ -11,6 +11,7 @@ from megatron_flowrl.training.notice import Notice
 from megatron_flowrl.training.session import Session
 from megatron_flowrl.training.watchdog import Watchdog
 
+_HANG_SECONDS = 90.0  # on a GPU, where a micro-batch takes seconds
 _SHARE = 0.8  # of the time in which a collective gives up
 
 
@@ -34,6 +35,8 @@ def overseen(session: Session) -> Iterator[Oversight]:
     seconds = config.run.hang_seconds
     if seconds is None:
         seconds = _SHARE * 60 * config.parallel.distributed_timeout_minutes
+        if session.platform.is_cuda:
+            seconds = min(seconds, _HANG_SECONDS)
     watchdog = Watchdog(seconds, config.run.slow_step_factor, session.world, logs)
     with Notice(session.world, session.platform.device) as notice, watchdog:
         yield Oversight(notice, watchdog)

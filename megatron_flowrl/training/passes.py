@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -28,8 +28,16 @@ from megatron_flowrl.platform.distributed import to_all_pipeline_stages
 MicroBatchLoss = Callable[[TokenLogProbs, PackedBatch], Tensor]
 RequestOf = Callable[[PackedBatch], Any]  # what the last stage is asked for
 LogZOf = Callable[[PackedBatch], LogZRequest]
-OnMicroBatch = Callable[[], None]
-AtEnd = Callable[[], object]  # called when this rank's micro-batches are done, before what all ranks do together
+
+
+class Listener(Protocol):
+    """What is told how far a pass is on this rank."""
+
+    def micro_batch(self) -> None:
+        """A micro-batch's forward pass is done."""
+
+    def end(self) -> None:
+        """All of this rank's micro-batches are done, before what all ranks do together."""
 
 
 def local_batches(
@@ -56,8 +64,7 @@ def forward_backward(
     *,
     entropy: EntropyMode = "none",
     log_z: LogZOf | None = None,
-    on_micro_batch: OnMicroBatch | None = None,
-    at_end: AtEnd | None = None,
+    listener: Listener | None = None,
 ) -> Tensor:
     """Accumulate the gradients of the losses of all micro-batches, summed over them and over data-parallel ranks.
 
@@ -68,7 +75,7 @@ def forward_backward(
     the losses of this rank's micro-batches, fp32 [], on every pipeline stage.
     """
 
-    return train_on(model, batches, _log_probs(settings, entropy, log_z), loss, on_micro_batch, at_end)
+    return train_on(model, batches, _log_probs(settings, entropy, log_z), loss, listener)
 
 
 def train_on(
@@ -76,8 +83,7 @@ def train_on(
     batches: Sequence[PackedBatch],
     request: RequestOf,
     loss: Callable[[Any, PackedBatch], Tensor],
-    on_micro_batch: OnMicroBatch | None = None,
-    at_end: AtEnd | None = None,
+    listener: Listener | None = None,
 ) -> Tensor:
     """`forward_backward` for whatever the last stage can be asked for."""
 
@@ -87,8 +93,8 @@ def train_on(
         # A copy of the value: Megatron frees the last stage's output, and refuses to where that is a view.
         return value.clone(), torch.zeros((), dtype=torch.int, device=value.device), value.detach()
 
-    with _before_reductions(model, at_end):
-        values = _run(model, batches, request, contribution, forward_only=False, on_micro_batch=on_micro_batch)
+    with _before_reductions(model, listener):
+        values = _run(model, batches, request, contribution, forward_only=False, listener=listener)
     total = torch.stack(values).sum() if values else torch.zeros((), device=batches[0].input_ids.device)
     return to_all_pipeline_stages(total.float())
 
@@ -100,11 +106,10 @@ def forward_only(
     settings: LogProbConfig,
     *,
     entropy: EntropyMode = "none",
-    on_micro_batch: OnMicroBatch | None = None,
-    at_end: AtEnd | None = None,
+    listener: Listener | None = None,
 ) -> list[TokenLogProbs]:
     """Log-probs of every micro-batch, on the last pipeline stage; an empty list on the others."""
-    return ask(model, batches, _log_probs(settings, entropy), on_micro_batch, at_end)
+    return ask(model, batches, _log_probs(settings, entropy), listener)
 
 
 @torch.no_grad()
@@ -112,8 +117,7 @@ def ask(
     model: Sequence[torch.nn.Module],
     batches: Sequence[PackedBatch],
     request: RequestOf,
-    on_micro_batch: OnMicroBatch | None = None,
-    at_end: AtEnd | None = None,
+    listener: Listener | None = None,
 ) -> list[Any]:
     """`forward_only` for whatever the last stage can be asked for."""
 
@@ -121,9 +125,9 @@ def ask(
         nothing = torch.zeros((), device=batch.input_ids.device)
         return nothing, nothing.int(), output
 
-    results = _run(model, batches, request, collect, forward_only=True, on_micro_batch=on_micro_batch)
-    if at_end is not None:
-        at_end()
+    results = _run(model, batches, request, collect, forward_only=True, listener=listener)
+    if listener is not None:
+        listener.end()
     return results
 
 
@@ -139,16 +143,16 @@ def _log_probs(settings: LogProbConfig, entropy: EntropyMode, log_z: LogZOf | No
 
 
 @contextmanager
-def _before_reductions(model: Sequence[torch.nn.Module], at_end: AtEnd | None) -> Iterator[None]:
-    """Have Megatron's schedule call it between the last backward pass and the reductions of gradients."""
-    if at_end is None:
+def _before_reductions(model: Sequence[torch.nn.Module], listener: Listener | None) -> Iterator[None]:
+    """Have Megatron's schedule tell it of the end between the last backward pass and the reductions of gradients."""
+    if listener is None:
         yield
         return
     settings = get_model_config(model[0])
     finalize = settings.finalize_model_grads_func
 
     def first_at_end(*args: Any, **kwargs: Any) -> Any:
-        at_end()
+        listener.end()
         return finalize(*args, **kwargs)
 
     settings.finalize_model_grads_func = first_at_end
@@ -165,7 +169,7 @@ def _run(
     on_output: Callable[[Any, PackedBatch], tuple[Tensor, Tensor, Any]],
     *,
     forward_only: bool,
-    on_micro_batch: OnMicroBatch | None,
+    listener: Listener | None,
 ) -> list[Any]:
     cp_rank = parallel_state.get_context_parallel_rank()
     cp_size = parallel_state.get_context_parallel_world_size()
@@ -179,8 +183,8 @@ def _run(
             labels=request(batch),
             packed_seq_params=packed_sequences(batch.boundaries, cp_rank, cp_size, batch.input_ids.device),
         )
-        if on_micro_batch is not None:
-            on_micro_batch()
+        if listener is not None:
+            listener.micro_batch()
         return output, lambda result: on_output(result, batch)
 
     results: list[Any] = get_forward_backward_func()(

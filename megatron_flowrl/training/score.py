@@ -121,9 +121,17 @@ def score_sequences(
     settings, entropy = session.config.log_prob, session.config.log_prob.entropy
     with progress(session.config.logging, session.world.rank, len(batches) * len(model.chunks), "scoring") as advance:
         outputs = forward_only(
-            model.chunks, batches, settings, entropy="detached" if entropy else "none", on_micro_batch=advance
+            model.chunks, batches, settings, entropy="detached" if entropy else "none", listener=_Shown(advance)
         )
     return gather_tokens(sequences, batches, outputs, entropy=entropy)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    micro_batch: Callable[[], None]
+
+    def end(self) -> None:
+        """What is shown is over then, too."""
 
 
 def check_output(input_path: str, output_path: str) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_flowrl.checkpoint.load import load_weights
@@ -25,8 +23,9 @@ from megatron_flowrl.platform import Platform
 from megatron_flowrl.training.critic import Critic
 from megatron_flowrl.training.experience import Experience, needs_old_pass, with_old_pass, with_reference_pass
 from megatron_flowrl.training.optimizer import Optimizer
-from megatron_flowrl.training.passes import AtEnd
+from megatron_flowrl.training.passes import Listener
 from megatron_flowrl.training.plan import packing_rules, plan
+from megatron_flowrl.training.ranks import RankWait, Stragglers
 from megatron_flowrl.training.reference import Reference, build_reference
 from megatron_flowrl.training.schedule import build_schedule
 from megatron_flowrl.training.update import Updater, UpdateResult
@@ -69,6 +68,7 @@ class Trainer:
         if needs.reference:
             self._reference = build_reference(self.model, source, config, platform)
         self.critic = Critic(architecture, source, config, platform) if needs.values else None
+        self._stragglers = Stragglers(platform)
         self._rules = packing_rules(config, architecture, data_parallel_size)
 
     def step(
@@ -78,11 +78,12 @@ class Trainer:
         mini_batch_of: Sequence[int],
         timed: Timed = nullcontext,
         on_update: Callable[[], object] = lambda: None,
+        on_micro_batch: Callable[[], object] = lambda: None,
     ) -> TrainedStep:
         """The passes before the updates, then an update for each mini-batch; all at the learning rate of the step.
 
         speed/rank_wait_seconds is what a rank, on average, stood waiting for others at the ends of these; it is a part
-        of their time.
+        of their time. `ranks` has more of that.
 
         `mini_batch_of` says which mini-batch each of the experience's sequences is in. `number` counts from 1.
         """
@@ -93,7 +94,7 @@ class Trainer:
         if not experience.sequences:
             return TrainedStep(metrics | {"update/updates": 0.0}, {}, None)
         packing = plan([len(sequence) for sequence in experience.sequences], self._rules, mini_batch_of)
-        wait = RankWait(self._platform)
+        wait = RankWait(self._platform, on_micro_batch)
         experience = self._with_passes(experience, packing, timed, wait)
         results, of_critic = [], []
         constants = self.updater.prepare(experience, packing, step=number)
@@ -110,46 +111,26 @@ class Trainer:
             found = mismatch(experience.old.log_probs.cpu(), experience.sampler_log_probs, experience.offsets.tolist())
             metrics |= {f"mismatch/{name}": value for name, value in found.as_metrics().items()}
         metrics |= {"plan/real_token_share": packing.efficiency, "plan/imbalance": packing.imbalance}
-        metrics["speed/rank_wait_seconds"] = wait.mean()
+        metrics |= self._stragglers.measure(wait)
         return TrainedStep(metrics, values, packing)
 
-    def _with_passes(self, experience: Experience, packing: PackingPlan, timed: Timed, at_end: AtEnd) -> Experience:
+    def _with_passes(self, experience: Experience, packing: PackingPlan, timed: Timed, wait: Listener) -> Experience:
         config, needs = self._config, self._objective.needs
         if needs_old_pass(needs, packing, config):
             with timed("old_log_probs"):
-                experience = with_old_pass(experience, self.model.chunks, packing, config, self._device, needs, at_end)
+                experience = with_old_pass(experience, self.model.chunks, packing, config, self._device, needs, wait)
         if self._reference is not None:
             with timed("reference_log_probs"), self._reference.active() as chunks:
-                experience = with_reference_pass(experience, chunks, packing, config, self._device, at_end)
+                experience = with_reference_pass(experience, chunks, packing, config, self._device, wait)
         if self.critic is not None:
             with timed("values"):
-                experience = self.critic.with_values(experience, packing, at_end)
+                experience = self.critic.with_values(experience, packing, wait)
         return experience
 
     def _learning_rate(self) -> float:
         """That of the policy's weights; the partition function has a group of its own."""
         groups = [group for group in self._optimizer.megatron.param_groups if "part" not in group]
         return float(groups[0]["lr"])
-
-
-class RankWait:
-    """Seconds that a rank stands at the ends of passes until the others are there: uneven work, or pipeline stages."""
-
-    def __init__(self, platform: Platform) -> None:
-        self._platform, self._seconds = platform, 0.0
-
-    def __call__(self) -> None:
-        """A rank's micro-batches are done."""
-        self._platform.synchronize()
-        began = time.perf_counter()
-        dist.barrier()
-        self._seconds += time.perf_counter() - began
-
-    def mean(self) -> float:
-        """Over ranks. All of them call it together."""
-        seconds = torch.tensor(self._seconds, dtype=torch.float64).to(self._platform.device)
-        dist.all_reduce(seconds)
-        return float(seconds) / dist.get_world_size()
 
 
 def mini_batches(groups: Sequence[int], prompts_per_mini_batch: int) -> list[int]:

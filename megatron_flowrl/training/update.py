@@ -26,7 +26,7 @@ from megatron_flowrl.observe.log import logger
 from megatron_flowrl.training.collect import Collected, agreed, members_of
 from megatron_flowrl.training.experience import Experience
 from megatron_flowrl.training.optimizer import Optimizer
-from megatron_flowrl.training.passes import AtEnd, forward_backward, local_batches
+from megatron_flowrl.training.passes import Listener, forward_backward, local_batches
 from megatron_flowrl.training.reductions import sequence_sums
 
 
@@ -82,7 +82,7 @@ class Updater:
             step,
         )
 
-    def update(self, constants: Constants, mini_batch: int, at_end: AtEnd | None = None) -> UpdateResult:
+    def update(self, constants: Constants, mini_batch: int, listener: Listener | None = None) -> UpdateResult:
         """One optimizer step. All ranks call it together, and get the same result.
 
         Where a loss or a gradient is not finite nothing is updated, which is counted and said.
@@ -102,7 +102,7 @@ class Updater:
             partial(self._loss, constants, members, found),
             entropy=entropy,
             log_z=partial(self._log_z_request, constants) if needs.log_z else None,
-            at_end=at_end,
+            listener=listener,
         )
         values = found.everywhere()
         losses = values.pop("loss")

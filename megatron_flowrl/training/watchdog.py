@@ -1,8 +1,9 @@
 """Notices a rank that makes no progress, says where every rank stands, and ends the run for a cluster to start anew.
 
 Watched are a step's passes and updates, from `step` to `done`: what waits for servers, graders or disks has time limits
-of its own. A thread on each rank looks once a second whether the rank has given a sign of progress (`beat`). Where
-there is none for run.hang_seconds, or the step takes run.slow_step_factor times the median of those before, it leaves
+of its own. A thread on each rank looks once a second whether the rank has given a sign of progress: a micro-batch
+(`sign`), a pass or an update (`beat`). Where there is none for run.hang_seconds (four times that in the first step, in
+which libraries compile and connect), or the step takes run.slow_step_factor times the median of those before, it leaves
 word in the run's folder; all ranks, who look there, write the stacks of their threads beside it. The ranks that are
 behind the others, or wait for nobody, are named, and the process ends, which has its launcher end the others.
 
@@ -40,6 +41,7 @@ _FOR_OTHERS_SECONDS = 20.0  # to write where they stand
 _LOCKED_SECONDS = 100.0  # without the interpreter's lock
 _SUSPENDED_SECONDS = 30.0  # between two looks
 _FASTEST_SECONDS = 60.0  # a step that is shorter is never too slow
+_FIRST_FACTOR = 4.0  # more time for the first step
 _STEPS = 50  # whose times are remembered
 _WORD = "hang"
 
@@ -68,6 +70,10 @@ class Watchdog:
         """There is progress, in this phase or, where it is None, the one before."""
         self._phase, self._last, self._beats = phase or self._phase, time.monotonic(), self._beats + 1
 
+    def sign(self) -> None:
+        """As `beat`, where ranks need not be equally far: stages of a pipeline are ahead of one another."""
+        self._last = time.monotonic()
+
     def step(self) -> None:
         """A step's passes and updates begin."""
         self._last = time.monotonic()
@@ -92,7 +98,7 @@ class Watchdog:
         began, last, phase = self._step, self._last, self._phase  # the main thread changes them
         if began is None:
             return None
-        if now - last > self._hang_seconds:
+        if now - last > self._hang_seconds * (1 if self._times else _FIRST_FACTOR):
             return f"no progress for {now - last:.0f} s in the phase {phase}"
         if len(self._times) >= 3:
             usual = median(list(self._times))

@@ -94,6 +94,35 @@ def killed_while_answering(run: Trainer, job: dict[str, Any]) -> None:
     check_answers(run, job, "B")
 
 
+def engine_hangs(run: Trainer, job: dict[str, Any]) -> None:
+    """Its front end says that it is well; no token comes, so the server is ended, and the answers come all the same."""
+    fleet = run.sampler._fleet
+    assert fleet is not None
+    engine = next(p for p in server_processes(fleet.replicas[0].url) if b"EngineCore" in command_name(p))
+    seen: list[Answer] = []
+
+    def on_answer(answer: Answer) -> None:
+        seen.append(answer)
+        if len(seen) == 5:
+            os.kill(engine, signal.SIGSTOP)
+
+    began = time.monotonic()
+    answers = run.sampler.generate(job["prompts"] * 8, LONG, 2, on_answer)
+    assert len(answers) == len(seen) == len(job["prompts"]) * 16 and time.monotonic() - began < 120
+    assert {span.version for answer in answers for span in answer.weight_versions} == {"one"}
+    wait_for(lambda: len(fleet.stale()) == 1)
+    run.sampler.generate(job["prompts"], LONG, 2)
+    assert not fleet.stale()
+
+
+def command_name(process: int) -> bytes:
+    """Of at most 15 bytes; empty where the process is gone."""
+    try:
+        return Path(f"/proc/{process}/comm").read_bytes() + Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def killed_while_updating(run: Trainer, job: dict[str, Any]) -> None:
     """A server hangs in a transfer and is killed: the other has the new weights, and this one when it is back."""
     fleet = run.sampler._fleet
@@ -143,7 +172,7 @@ def aborted_by_an_update(run: Trainer, job: dict[str, Any]) -> None:
 
 CASES: dict[str, list[Callable[[Trainer, dict[str, Any]], None]]] = {
     "both_ways": [both_ways],
-    "killed": [killed_while_answering, killed_while_updating, aborted_by_an_update],
+    "killed": [killed_while_answering, engine_hangs, killed_while_updating, aborted_by_an_update],
 }
 
 

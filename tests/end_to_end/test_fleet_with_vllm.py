@@ -39,7 +39,16 @@ def expected_of(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
     [
         ("both_ways", 2, parallel(tp=2) | {"rollout.transfer": "disk", "rollout.tensor_parallel_size": 2}),
         ("both_ways", 2, parallel(pp=2) | {"rollout.transfer": "gloo", "rollout.tensor_parallel_size": 2}),
-        ("killed", 1, {"rollout.transfer": "gloo", "rollout.servers": 2, "generation.in_flight_at_sync": "abort"}),
+        (
+            "killed",
+            1,
+            {
+                "rollout.transfer": "gloo",
+                "rollout.servers": 2,
+                "rollout.hang_seconds": 10,
+                "generation.in_flight_at_sync": "abort",
+            },
+        ),
     ],
 )
 def test_right_answers_and_nothing_left(case: str, ranks: int, settings: dict[str, Any], tmp_path: Path) -> None:

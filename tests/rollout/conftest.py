@@ -44,12 +44,14 @@ def make_fleet(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Fleet]
         max_retries: int = 3,
         max_restarts: int = 2,
         start_timeout: float = 20.0,
+        hang_seconds: float = 0.0,
     ) -> Fleet:
         places = [target.url if isinstance(target, StubServer) else target for target in targets]
         replicas = [
             Replica(http, place, window=window, control_timeout=10.0, start_timeout=start_timeout) for place in places
         ]
         limits: dict[str, Any] = {"max_retries": max_retries, "max_restarts": max_restarts}
+        limits["hang_seconds"] = hang_seconds
         made.append(Fleet(http, replicas, request_timeout=request_timeout, **limits))
         made[-1].start()
         return made[-1]

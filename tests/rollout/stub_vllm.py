@@ -58,6 +58,7 @@ class StubServer:
     `fault`: what to do with a request, by its body: "error" (HTTP 500), "html", "odd" (JSON of another form), "drop"
     (the connection), "refuse" (HTTP 400), "hang", "abort" (unasked), or None: answer.
     `hold`: answers make `partial` tokens and wait, all or those of bodies that it says. `release` lets them finish.
+    `tokens`: what /metrics counts, if anything; `counts`: whether it grows each time.
     `late`: requests that are still on their way when the server is paused. `well`: False, and /health never answers.
     """
 
@@ -72,6 +73,8 @@ class StubServer:
         self.in_flight = self.most_in_flight = self.dropped = 0
         self.late: Callable[[Body], bool] = lambda _: False
         self.is_paused = False
+        self.tokens: int | None = None
+        self.counts = False
         self._waiting: set[asyncio.Future[str]] = set()
 
     @property
@@ -105,6 +108,7 @@ class StubServer:
         app.router.add_get("/health", self._health)
         app.router.add_get("/get_world_size", lambda _: self._json({"world_size": self.world_size}))
         app.router.add_get("/weight_info", lambda _: self._json({"weight_version": self.version}))
+        app.router.add_get("/metrics", self._metrics)
         app.router.add_post("/inference/v1/generate", self._generate)
         app.router.add_post("/pause", self._pause)
         app.router.add_post("/resume", self._resume)
@@ -144,6 +148,14 @@ class StubServer:
         while not self.well:
             await asyncio.sleep(0.01)
         return web.Response()
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        if self.tokens is None:
+            return web.Response(status=404)
+        self.tokens += self.counts
+        names = ("prompt_tokens_total", "generation_tokens_total")
+        lines = [f'vllm:{name}{{engine="0",model_name="m"}} {self.tokens}.0' for name in names]
+        return web.Response(text="\n".join(["# HELP vllm:prompt_tokens_total Tokens.", *lines, ""]))
 
     async def _pause(self, request: web.Request) -> web.Response:
         self.calls.append(request.path_qs)

@@ -206,3 +206,29 @@ def test_a_server_that_hangs_is_given_up(stub: Any, make_fleet: Any, monkeypatch
     assert {answer.url for answer in came} == {sound.url} and len(hanging.asked) == 4
     wait_for(lambda: servers.replicas[0].state is State.LOST)
     assert [one.url for one in servers.running()] == [sound.url]
+
+
+def test_an_engine_that_hangs_behind_its_front_end_is_given_up(stub: Any, make_fleet: Any) -> None:
+    """It says that it is well all the time."""
+    hanging, slow, jobs = stub(), stub(), make_jobs(20)
+    hanging.fault, hanging.tokens = always("hang"), 7
+    slow.hold, slow.tokens, slow.counts = (lambda _: True), 7, True
+    servers = make_fleet(hanging, slow, max_restarts=0, hang_seconds=0.5)
+    generation = servers.generate(jobs)
+    wait_for(lambda: servers.replicas[0].state is State.LOST)
+    time.sleep(1.0)  # one that makes tokens may take as long as it likes
+    assert servers.replicas[1].state is State.READY
+    slow.release()
+    came = answers(generation)
+    assert_right(came, jobs)
+    assert {answer.url for answer in came} == {slow.url}
+
+
+def test_what_says_nothing_of_its_tokens_or_has_no_work_is_not_given_up(stub: Any, make_fleet: Any) -> None:
+    silent, idle = stub(), stub()
+    silent.hold, idle.tokens = (lambda _: True), 7
+    servers = make_fleet(silent, idle, hang_seconds=0.3)
+    servers.generate(make_jobs(1))
+    time.sleep(1.5)
+    assert [replica.state for replica in servers.replicas] == [State.READY] * 2
+    silent.release()

@@ -138,14 +138,19 @@ def test_a_pass_says_when_its_micro_batches_are_done(folder: Path, one_rank_plat
         events.append("loss")
         return output.log_probs.sum()
 
-    def done() -> None:
-        events.append("done")
+    class Listening:
+        def micro_batch(self) -> None:
+            events.append("forward")
 
-    forward_backward(run.policy.chunks, run.batches, run.config.log_prob, loss, at_end=done)
-    assert events == ["loss"] * len(run.batches) + ["done", "reduced"]
+        def end(self) -> None:
+            events.append("done")
+
+    forward_backward(run.policy.chunks, run.batches, run.config.log_prob, loss, listener=Listening())
+    assert events == ["forward", "loss"] * len(run.batches) + ["done", "reduced"]
     assert settings.finalize_model_grads_func is reduce
-    forward_only(run.policy.chunks, run.batches, run.config.log_prob, at_end=done)
-    assert events[-2:] == ["reduced", "done"]
+    events.clear()
+    forward_only(run.policy.chunks, run.batches, run.config.log_prob, listener=Listening())
+    assert events == ["forward"] * len(run.batches) + ["done"]
 
 
 def test_empty_responses_are_scored_as_nothing(folder: Path, one_rank_platform: Platform) -> None:
