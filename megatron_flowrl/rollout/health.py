@@ -37,7 +37,9 @@ class Health:
         now = time.monotonic()
         if tokens is None or tokens != self._tokens:
             self._tokens, self._since = tokens, now
-        return now - self._since > self._hang_seconds
+        # Before its first token a server still compiles.
+        limit = self._hang_seconds if tokens else max(self._hang_seconds, replica.start_timeout)
+        return now - self._since > limit
 
 
 async def _tokens_of(replica: Replica) -> float | None:

@@ -32,7 +32,7 @@ class Replica:
         self, http: HttpLoop, target: VllmServer | str, *, window: int, control_timeout: float, start_timeout: float
     ) -> None:
         self.process = target if isinstance(target, VllmServer) else None
-        self._http, self._control_timeout, self._start_timeout = http, control_timeout, start_timeout
+        self._http, self._control_timeout, self.start_timeout = http, control_timeout, start_timeout
         self.control = self._control(target.url if isinstance(target, VllmServer) else target.rstrip("/"))
         self.state = State.DOWN
         self.window = window
@@ -96,7 +96,7 @@ class Replica:
         await asyncio.to_thread(process.wait_until_ready)
 
     async def _wait_for_other(self) -> None:
-        deadline = time.monotonic() + self._start_timeout
+        deadline = time.monotonic() + self.start_timeout
         while True:
             try:
                 await self.control.get("/health")

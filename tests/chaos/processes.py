@@ -23,7 +23,6 @@ class Process:
     id: int
     parent: int
     command: str
-    name: str
     marked: bool
 
 
@@ -55,8 +54,6 @@ def end_all(mark: str, seconds: float) -> list[str]:
 
 def _kind(process: Process, everything: dict[int, Process]) -> str:
     parent = everything.get(process.parent)
-    if process.name.startswith("VLLM::"):
-        return "engine core" if "EngineCore" in process.name else "engine worker"
     if _STANDARD in process.command:
         return "resource tracker"
     if "torch.distributed.run" in process.command:
@@ -65,6 +62,8 @@ def _kind(process: Process, everything: dict[int, Process]) -> str:
         return "engine guard"
     if "vllm" in process.command:
         return "engine front end"
+    if "spawn_main" in process.command:  # vLLM names its processes where setproctitle is installed alone
+        return "engine core" if parent is not None and "vllm" in parent.command else "engine worker"
     if "rewards/guard.py" in process.command:
         return "grader" if parent is not None and "rewards/guard.py" in parent.command else "grader guard"
     if "megatron_flowrl" in process.command:
@@ -76,13 +75,12 @@ def _everything(mark: bytes) -> Iterator[Process]:
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, ValueError):
             stat = (folder / "stat").read_text()
-            name, _, rest = stat.partition("(")[2].rpartition(")")
-            state, parent = rest.split()[:2]
+            state, parent = stat.rpartition(")")[2].split()[:2]
             if state in "ZX":
                 continue
             command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             marked = mark in (folder / "environ").read_bytes().split(b"\0")
-            yield Process(int(folder.name), int(parent), command, name, marked)
+            yield Process(int(folder.name), int(parent), command, marked)
 
 
 __all__ = ["MARK", "Process", "end_all", "processes_of"]

@@ -225,10 +225,14 @@ def test_an_engine_that_hangs_behind_its_front_end_is_given_up(stub: Any, make_f
 
 
 def test_what_says_nothing_of_its_tokens_or_has_no_work_is_not_given_up(stub: Any, make_fleet: Any) -> None:
-    silent, idle = stub(), stub()
-    silent.hold, idle.tokens = (lambda _: True), 7
-    servers = make_fleet(silent, idle, hang_seconds=0.3)
-    servers.generate(make_jobs(1))
+    silent, idle, first = stub(), stub(), stub()
+    first.tokens = 0  # it compiles, which is a part of its start
+    silent.hold = first.hold = lambda _: True
+    servers = make_fleet(silent, first, window=1, hang_seconds=0.3)
+    servers.generate(make_jobs(2))
+    idle.tokens = 7
+    other = make_fleet(idle, hang_seconds=0.3)
     time.sleep(1.5)
-    assert [replica.state for replica in servers.replicas] == [State.READY] * 2
+    assert [replica.state for replica in (*servers.replicas, *other.replicas)] == [State.READY] * 3
     silent.release()
+    first.release()
