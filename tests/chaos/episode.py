@@ -31,6 +31,7 @@ STEPS, SAVE_INTERVAL, RANKS = 10, 2, 2
 _START_SECONDS, _STEP_SECONDS = 240.0, 240.0
 _BY_ITSELF_SECONDS = 45.0  # in which what is left of a run has to end
 _SHORT_LIVED = {"writer": 20.0}  # kinds that are waited for, in seconds
+_ENDING = ("launcher", "rank")  # without these no run goes on
 _IN_START = 0.25  # the share of kills that come before the first step
 _BEGINS = re.compile(r"steps (\d+) to \d+|nothing is left to do")
 
@@ -112,11 +113,11 @@ class Run:
         with contextlib.suppress(ProcessLookupError):
             os.kill(number, signal.SIGKILL)
         began = time.monotonic()
-        while self.running() and self.steps() <= step and time.monotonic() < began + _STEP_SECONDS:
+        while self.running() and (kind in _ENDING or self.steps() <= step) and time.monotonic() < began + _STEP_SECONDS:
             time.sleep(0.02)
         seconds = time.monotonic() - began
         kill = Kill(self._mode, self._seed, kind, step, not self.running(), 0, round(seconds, 1))
-        if self.running() and self.steps() <= step:
+        if self.running() and (kind in _ENDING or self.steps() <= step):
             kill.problems.append(f"no step and no end in {_STEP_SECONDS:.0f} s")
             kill.ended = True
         if kill.ended:
