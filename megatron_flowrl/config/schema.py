@@ -108,8 +108,9 @@ class PrecisionConfig:
     fp8: Literal["e4m3", "hybrid"] | None = None
     """FP8 matrix products: `e4m3` throughout, or `hybrid` with e5m2 for output gradients. null: none."""
 
-    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
-    """FP8 scales: from past maxima, or from the present tensor, block, or 32-element block (Blackwell)."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """FP8 scales from the present tensor, block, or 32-element block (Blackwell); or delayed: from past maxima, with
+    which log-probs depend on the passes before, and importance weights are not 1 on-policy."""
 
     fp8_margin: NonNegativeInt = 0
     """Delayed recipe: powers of two of head-room in the scale."""

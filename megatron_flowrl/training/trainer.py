@@ -19,6 +19,7 @@ from megatron_flowrl.model.build import ParallelModel, build_parallel_model, wra
 from megatron_flowrl.objectives.batch import Objective
 from megatron_flowrl.objectives.mismatch import mismatch
 from megatron_flowrl.objectives.statistics import summarize
+from megatron_flowrl.observe.log import logger
 from megatron_flowrl.platform import Platform
 from megatron_flowrl.training.critic import Critic
 from megatron_flowrl.training.experience import Experience, needs_old_pass, with_old_pass, with_reference_pass
@@ -56,6 +57,12 @@ class Trainer:
         data_parallel_size: int,
     ) -> None:
         needs = objective.needs
+        if config.precision.fp8 is not None and config.precision.fp8_recipe == "delayed":
+            logger.warning(
+                "precision.fp8_recipe = delayed: a pass takes its scales from those before it, so that the same "
+                "weights give other log-probs each time: on-policy importance weights of up to 3 were seen, in the "
+                "first step up to the clip; with tensorwise and blockwise they are 1"
+            )
         self._config, self._objective, self._platform, self._device = config, objective, platform, platform.device
         model = build_parallel_model(architecture, config, platform, log_z=needs.log_z)
         load_weights(model, source)

@@ -18,6 +18,7 @@ from megatron_flowrl.config.keys import KEYS
 MODEL = "model.path=folder"
 COSINE = "optimizer.lr_decay_style=cosine"
 HYBRID = "precision.fp8=hybrid"
+DELAYED = "precision.fp8_recipe=delayed"
 BLOCKWISE = "precision.fp8_recipe=blockwise"
 FULL = "recompute.recompute_granularity=full"
 SELECTIVE = "recompute.recompute_granularity=selective"
@@ -38,6 +39,7 @@ GRAD_OVERLAP = "ddp.overlap_grad_reduce=true"
         [OVERLAP, GRAD_OVERLAP, "ddp.bucket_size=1000"],
         [
             HYBRID,
+            DELAYED,
             "precision.fp8_margin=1",
             "precision.fp8_amax_history_len=16",
             "precision.fp8_param_gather=true",
@@ -99,7 +101,7 @@ BAD = [
     (["precision.first_last_layers_bf16=true"], "first_last_layers_bf16 = true", "precision.fp8 is null"),
     ([HYBRID, "precision.dtype=float32"], "precision.fp8 = hybrid", "precision.dtype=bfloat16"),
     (
-        [HYBRID, "precision.first_last_layers_bf16=true"],
+        [HYBRID, DELAYED, "precision.first_last_layers_bf16=true"],
         "first_last_layers_bf16 = true",
         "tensorwise, blockwise",
     ),
@@ -133,7 +135,7 @@ BAD = [
         "reference.placement = host",
         "precision.fp8_param_gather = true",
     ),
-    (["reference.placement=host", HYBRID], "reference.placement = host", "precision.fp8_recipe = delayed"),
+    (["reference.placement=host", HYBRID, DELAYED], "reference.placement = host", "precision.fp8_recipe = delayed"),
     (
         [COSINE, "optimizer.lr_decay_iters=20", "run.steps=30"],
         "run.steps = 30: from step 20 on the learning rate is 0",

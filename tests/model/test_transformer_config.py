@@ -65,6 +65,7 @@ def test_delayed_fp8_reaches_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch,
         platform(),
         "precision.fp8=e4m3",
+        "precision.fp8_recipe=delayed",
         "precision.fp8_margin=1",
         "precision.fp8_amax_history_len=16",
         "precision.fp8_amax_compute_algo=max",
