@@ -4,6 +4,8 @@ PYTHON_LATEST ?= python3.12
 VENV ?= .venv
 VENV_LATEST ?= .venv-latest
 VENV_TRL ?= .venv-trl
+# Most tests keep one core busy, and their ranks and servers start slowly. ARGS="-n 0" runs them one by one.
+TWO_AT_ONCE := -n 2 --dist loadfile
 REQUIREMENTS := requirements/cpu.txt requirements/dev.txt
 
 .PHONY: install demo compare test test-latest lint bench bench-trl figure1 clean
@@ -22,10 +24,10 @@ help:
 
 install: $(VENV)/.installed
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest tests $(ARGS)
+	$(VENV)/bin/python -m pytest tests $(TWO_AT_ONCE) $(ARGS)
 
 test-latest: $(VENV_LATEST)/.installed
-	$(VENV_LATEST)/bin/python -m pytest tests/distributed tests/checkpoint tests/model tests/platform $(ARGS)
+	$(VENV_LATEST)/bin/python -m pytest tests/distributed tests/checkpoint tests/model tests/platform $(TWO_AT_ONCE) $(ARGS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -45,7 +45,7 @@ setup(
         # Graders.
         "math": ["math-verify==0.9.0"],
         "reasoning-gym": ["reasoning-gym==0.1.25"],
-        "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "types-PyYAML"],
+        "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "types-PyYAML"],
     },
     entry_points={
         "console_scripts": ["megatron-flowrl = megatron_flowrl.cli:main"],

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_flowrl.config import RolloutConfig
+from megatron_flowrl.rollout.guard import session_members, shared_memory_of
 from megatron_flowrl.rollout.server import VllmServer
 from tests.distributed.ranks import run_worker
 from tests.tiny_models import save_model_for_vllm
@@ -60,14 +61,14 @@ def test_greedy_tokens_are_those_of_the_original(tmp_path: Path) -> None:
 
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(299, (length,), generator=generator) for length in (3, 17, 40, 130)]
-    shared_before = set(os.listdir("/dev/shm"))
     with VllmServer(SETTINGS, tmp_path / "exported", tmp_path / "server.log") as server:
         server.wait_until_ready()
         answers = [greedy(server, prompt.tolist()) for prompt in prompts]
         members = processes_with(str(server.port))
         assert len(members) >= 2  # the guard and the server at least
+        shared = shared_memory_of(session_members(max(members)))
     assert processes_with(str(server.port)) == []
-    assert set(os.listdir("/dev/shm")) <= shared_before
+    assert shared and not any(map(os.path.exists, shared))
     for prompt, answer in zip(prompts, answers, strict=True):
         whole = original.generate(prompt[None], max_new_tokens=COUNT, do_sample=False, eos_token_id=None)
         assert answer == whole[0, len(prompt) :].tolist()
