@@ -345,6 +345,9 @@ class CheckpointConfig:
     keep_best: bool = True
     """Save also after an evaluation with the best reward so far, and keep that one whatever its age."""
 
+    last_save_seconds: NonNegativeFloat = 300.0
+    """How long the checkpoint that a run ends with is tried again where it cannot be written, as on a full disk."""
+
     verify_checksums: bool = True
     """Read every file of a checkpoint for its SHA-256 before loading it. false: only sizes are compared."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -21,6 +22,7 @@ from megatron_flowrl.platform.atomic import partials_in, remove, write_file
 from megatron_flowrl.platform.distributed import together
 from megatron_flowrl.training.session import Session
 
+_AGAIN_SECONDS = 10.0
 POSITION = "position"  # prompts, or rows, that were taken from the data
 
 
@@ -71,7 +73,7 @@ class Journal:
             self._writers["critic"] = CheckpointWriter(self.folder.critic_checkpoints, self._config, companions)
         self._states: dict[str, TrainingState] = {}
         self._recorder: Recorder | None = None
-        self._saved, self._best = -1, -math.inf
+        self._saved, self._resumed, self._best = -1, -1, -math.inf
 
     def resume(self, policy: TrainingState, critic: TrainingState | None = None) -> Resumed:
         """Load the newest checkpoint that is good, or begin at step 0; records of later steps are forgotten."""
@@ -84,7 +86,7 @@ class Journal:
             if step is not None:
                 resume(critic, self.folder.critic_checkpoints, self._config, [step])
         place = found or Resumed(0, {POSITION: 0})
-        self._saved = place.step if found is not None else -1
+        self._saved = self._resumed = place.step if found is not None else -1
         with together():
             if self._session.world.rank == 0:
                 self._open(place.step)
@@ -102,38 +104,54 @@ class Journal:
             self._recorder.record(step, metrics, histograms or {}, samples)
 
     def save(self, step: int, position: int, *, last: bool, reward: float | None) -> None:
-        """Save where it is time: every save_interval steps, after the last, and, with its reward, as the best yet."""
+        """Save where it is time: every save_interval steps, after the last, and, with its reward, as the best yet.
+
+        The last is on disk when this returns. Raises SharedUserError where it could not be written in
+        checkpoint.last_save_seconds.
+        """
         for writer in self._writers.values():
             writer.poll()
         best = [self._is_best(reward)]
         dist.broadcast_object_list(best, src=0)
         due = last or (step > 0 and step % self._config.checkpoint.save_interval == 0)
         if (due or best[0]) and step != self._saved:
-            for name in sorted(self._writers):  # the critic's first: the policy's is what a start looks for
-                self._writers[name].save(
-                    self._states[name], step, {POSITION: position}, reward if best[0] and name == "policy" else None
-                )
+            self._write(step, position, reward if best[0] else None)
             self._saved = step
         if last:
+            self._insist(step, position, reward if best[0] else None)
+
+    def _write(self, step: int, position: int, best: float | None) -> None:
+        for name in sorted(self._writers):  # the critic's first: the policy's is what a start looks for
+            self._writers[name].save(self._states[name], step, {POSITION: position}, best if name == "policy" else None)
+
+    def _insist(self, step: int, position: int, best: float | None) -> None:
+        """With its last checkpoint a run loses what it learnt since the one before; there may soon be room for it."""
+        attempts = 1 + round(self._config.checkpoint.last_save_seconds / _AGAIN_SECONDS)  # the same on all ranks
+        for attempt in range(attempts):
+            if attempt:
+                logger.error("the run's last checkpoint is tried again (%d of %d); make room", attempt, attempts - 1)
+                time.sleep(_AGAIN_SECONDS)
+                self._write(step, position, best)
             for writer in self._writers.values():
                 writer.wait()
+            if self.saved >= step or self._resumed == step:
+                return
+        raise SharedUserError(
+            f"the checkpoint of step {step}, the last of this run, could not be written; the newest is that of step "
+            f"{self.saved or max(self._resumed, 0)}: make room, and start again"
+        )
 
     def end(self, step: int, position: int, reward: float | None = None) -> None:
         """The run ends after `step`, before its last: save what is not saved yet, and wait until it is written.
 
-        Because it was asked to, or because there are no answers to go on with.
+        Because it was asked to, or because there are no answers to go on with. Raises SharedUserError as `save` does.
         """
         steps = self._config.run.steps
         if step == 0:
             logger.warning("ends before its first step; there is nothing to save")
             return
         self.save(step, position, last=True, reward=reward)
-        if self.saved >= step:
-            logger.warning("ends after step %d of %d, which is saved; the same command goes on from there", step, steps)
-        else:
-            logger.error(
-                "ends after step %d of %d, which could not be saved; the newest is %d", step, steps, self.saved
-            )
+        logger.warning("ends after step %d of %d, which is saved; the same command goes on from there", step, steps)
 
     @property
     def saved(self) -> int:

@@ -63,9 +63,9 @@ def kill_when(process: subprocess.Popen[str], condition: Any, number: signal.Sig
     process.communicate(timeout=60)
 
 
-def state_of(run: Path, out: Path) -> dict[str, torch.Tensor]:
+def state_of(run: Path, out: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
     """Everything in the last checkpoint, the optimizer's state too."""
-    dcp_to_torch_save(run / "checkpoints" / f"step_{STEPS:08d}", out)
+    dcp_to_torch_save(run / "checkpoints" / f"step_{step:08d}", out)
     found = torch.load(out, weights_only=False)
     return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
