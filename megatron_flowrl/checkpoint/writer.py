@@ -57,6 +57,7 @@ _MEGATRONS_OWN_WRITER = (
     {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
 )
 _BYTES_A_TENSOR = 1024  # of metadata
+_LOOK_SECONDS = 0.02
 _HEADROOM = 2**24  # bytes for what is written beside tensors
 
 
@@ -123,11 +124,28 @@ class CheckpointWriter:
 
     def poll(self) -> None:
         """Finish a save whose writers are done; cheap otherwise. To be called between steps."""
-        self._finish(blocking=False)
+        self._finish()
 
     def wait(self) -> None:
-        """Wait until the save under way, if any, is on disk or has failed."""
-        self._finish(blocking=True)
+        """Wait until the save under way, if any, is on disk or has failed.
+
+        Its writers are ended where that takes longer than checkpoint.write_timeout_seconds: a disk may hang.
+        """
+        while self._pending is not None:
+            self._finish()
+            if self._pending is not None:
+                if self._is_overdue(self._pending):
+                    logger.error("the checkpoint of step %d takes too long; its writers are ended", self._pending.step)
+                    for call in self._queue.async_calls:
+                        call.async_caller.process.kill()
+                time.sleep(_LOOK_SECONDS)
+
+    def _is_overdue(self, pending: _Save) -> bool:
+        """The same on all ranks."""
+        late = time.perf_counter() - pending.started > self._config.checkpoint.write_timeout_seconds
+        flag = torch.tensor(late, dtype=torch.int32, device=torch.cuda.current_device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
 
     def _begin(self, pending: _Save, sharded: Mapping[str, Any]) -> None:
         needed = [(0, 0)] * dist.get_world_size()
@@ -177,12 +195,12 @@ class CheckpointWriter:
         request.add_finalize_fn(partial(self._commit, partial_folder, pending, manifest))
         self._queue.schedule_async_request(request)
 
-    def _finish(self, *, blocking: bool) -> None:
+    def _finish(self) -> None:
         if self._pending is None:
             return
         pending = self._pending
         try:
-            if not self._queue.maybe_finalize_async_calls(blocking=blocking):
+            if not self._queue.maybe_finalize_async_calls(blocking=False):
                 return
         except (CheckpointException, SharedUserError) as error:
             # Megatron and `together` raise on every rank; the reason is known to rank 0.

@@ -345,6 +345,10 @@ class CheckpointConfig:
     keep_best: bool = True
     """Save also after an evaluation with the best reward so far, and keep that one whatever its age."""
 
+    write_timeout_seconds: PositiveFloat = 1800.0
+    """How long a checkpoint may take to be on disk. Where training has to wait for it so long, its writers are ended,
+    that checkpoint is given up, and training goes on."""
+
     last_save_seconds: NonNegativeFloat = 300.0
     """How long the checkpoint that a run ends with is tried again where it cannot be written, as on a full disk."""
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -419,6 +420,21 @@ def test_a_writer_that_is_killed(
         patch.setattr(writer, "_write_and_record", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         _save_in_trouble(training, said, "a writer process ended without a word: killed, or out of memory")
     _only_good_checkpoints(training, tmp_path / "run", [1])
+
+
+def test_a_writer_that_hangs(
+    training: Training, tmp_path: Path, said: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert training.writer is not None
+    limited = replace(training.config.checkpoint, write_timeout_seconds=1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_write_and_record", lambda *_: time.sleep(1000))
+        patch.setattr(training.writer, "_config", replace(training.config, checkpoint=limited))
+        _save_in_trouble(training, said, "the checkpoint of step 2 takes too long; its writers are ended")
+    _only_good_checkpoints(training, tmp_path / "run", [1])
+    training.save()
+    training.wait()
+    _only_good_checkpoints(training, tmp_path / "run", [1, 2])
 
 
 def test_what_an_earlier_run_left_half_written_is_swept(model: str, root: Path) -> None:
