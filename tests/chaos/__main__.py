@@ -36,6 +36,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=10, help="how many more")
     parser.add_argument("--seed", type=int, default=1, help="of victims and moments")
     parser.add_argument("--sampler", action="store_true", help="with vLLM")
+    parser.add_argument("--only", metavar="KIND", help="of victims, such as launcher; else they are drawn")
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON that is added to")
     parser.add_argument("--folder", type=Path, help="where runs are kept; else they are deleted when they were right")
     given = parser.parse_args()
@@ -50,7 +51,7 @@ def main() -> int:
         number += 1
         seed = given.seed * 1000 + number
         place = folder / f"{mode}_{seed}"
-        run = Run(place, mode, seed, command(task, place, None if given.sampler else task / "records"))
+        run = Run(place, mode, seed, command(task, place, None if given.sampler else task / "records"), given.only)
         done, problems = episode(run, given.kills - kills)
         kills += len(done)
         if not problems:

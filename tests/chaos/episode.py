@@ -54,18 +54,19 @@ class Kill:
 class Run:
     """A run of `megatron-flowrl train` that may be killed."""
 
-    def __init__(self, folder: Path, mode: str, seed: int, given: list[str]) -> None:
+    def __init__(self, folder: Path, mode: str, seed: int, given: list[str], only: str | None = None) -> None:
         self.folder, self._mode, self._seed = folder, mode, seed
         self._mark = f"{os.getpid()}_{seed}_{folder.name}"
         self._log = folder.with_name(f"{folder.name}.log")
         self._draw = random.Random(seed)
-        self._arguments = given
+        self._arguments, self._only = given, only
         self._process: subprocess.Popen[bytes] | None = None
         self._from = 0  # where this start's output begins
 
     def start(self) -> None:
         """The command that a user gives."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), MARK: self._mark}
+        environment["PYTHONFAULTHANDLER"] = "1"
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
         self._from = self._log.stat().st_size if self._log.exists() else 0
         with self._log.open("ab") as log:
@@ -162,7 +163,7 @@ class Run:
     def _victim(self) -> tuple[str, int] | None:
         """A kind at random among those that live or will, then one of its processes."""
         kinds = sorted({*processes_of(self._mark), *_SHORT_LIVED} - {"resource tracker", "other"})
-        kind = self._draw.choice(kinds)
+        kind = self._only or self._draw.choice(kinds)
         deadline = time.monotonic() + _SHORT_LIVED.get(kind, 0.0)
         while self.running():
             found = processes_of(self._mark)

@@ -13,6 +13,7 @@ from pathlib import Path
 MARK = "CHAOS_RUN"
 """Environment variable that all processes of a run have, as those of a cluster's job have its number."""
 
+_LAUNCHER = "torch.distributed.run"
 _STANDARD = "multiprocessing.resource_tracker"
 
 
@@ -39,11 +40,19 @@ def processes_of(mark: str) -> dict[str, list[Process]]:
 
 
 def end_all(mark: str, seconds: float) -> list[str]:
-    """Wait for the run's processes to end by themselves, then kill the rest, as a cluster does; the kinds of those."""
+    """Wait for the run's processes to end by themselves, then kill the rest, as a cluster does; the kinds of those.
+
+    Before that they are asked where they stand: with PYTHONFAULTHANDLER SIGABRT writes Python's stacks to the log.
+    """
     deadline = time.monotonic() + seconds
     while processes_of(mark) and time.monotonic() < deadline:
         time.sleep(0.2)
     left = processes_of(mark)
+    if left and seconds:
+        for process in (one for kind in ("rank", "writer") for one in left.get(kind, [])):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.id, signal.SIGABRT)
+        time.sleep(2.0)
     while found := processes_of(mark):
         for process in (one for many in found.values() for one in many):
             with contextlib.suppress(ProcessLookupError):
@@ -56,7 +65,7 @@ def _kind(process: Process, everything: dict[int, Process]) -> str:
     parent = everything.get(process.parent)
     if _STANDARD in process.command:
         return "resource tracker"
-    if "torch.distributed.run" in process.command:
+    if _LAUNCHER in process.command:
         return "launcher"
     if "megatron_flowrl.rollout.guard" in process.command:
         return "engine guard"
@@ -67,7 +76,8 @@ def _kind(process: Process, everything: dict[int, Process]) -> str:
     if "rewards/guard.py" in process.command:
         return "grader" if parent is not None and "rewards/guard.py" in parent.command else "grader guard"
     if "megatron_flowrl" in process.command:
-        return "rank" if parent is None or "torch.distributed.run" in parent.command else "writer"
+        forked = parent is not None and "megatron_flowrl" in parent.command and _LAUNCHER not in parent.command
+        return "writer" if forked else "rank"  # also one whose launcher has ended
     return "other"
 
 
