@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_flowrl.checkpoint.manifest import read_manifest
 from tests.slurm.conftest import REPOSITORY, SCRIPTS, Cluster
-from tests.tiny_tasks import SETTINGS, save_task
+from tests.tiny_tasks import SETTINGS, save_task, write_rows
 from tests.training.recorded import arguments, metrics_of, write_records
 from tests.training.test_restart import lines, state_of
 
@@ -20,7 +21,9 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 STEPS = 6
 
 
-def submit(cluster: Cluster, run: Path, given: list[str], *options: str, **more: str) -> str:
+def submit(
+    cluster: Cluster, run: Path, given: list[str], *options: str, script: str = "train.sbatch", **more: str
+) -> str:
     variables = {
         "FLOWRL_HOME": str(REPOSITORY),
         "FLOWRL_RANKS_PER_NODE": "1",
@@ -28,7 +31,7 @@ def submit(cluster: Cluster, run: Path, given: list[str], *options: str, **more:
         "FLOWRL_PYTHON": sys.executable,
     }
     log = f"--output={run.parent}/job-%j.log"
-    command = ["sbatch", "--parsable", "--nodes=2", log, *options, str(SCRIPTS / "train.sbatch"), *given]
+    command = ["sbatch", "--parsable", "--nodes=2", log, *options, str(SCRIPTS / script), *given]
     return cluster.submit(command, **variables, **more)
 
 
@@ -79,3 +82,24 @@ def test_weights_reach_a_node_that_samples(cluster: Cluster, tmp_path: Path) -> 
     for line in metrics_of(run):
         assert line["mismatch/mean_abs_diff"] < 1e-4  # the sampler has the trainer's weights, step by step
         assert line["update/first_weight_max"] == 1.0
+
+
+def test_a_conversion_on_two_nodes_and_an_evaluation_that_is_given_notice(cluster: Cluster, tmp_path: Path) -> None:
+    task = save_task(tmp_path / "task")
+    given = ["hf-to-megatron", str(task / "model"), str(tmp_path / "start")]
+    layout = "parallel.tensor_model_parallel_size=2"
+    ends(cluster, tmp_path / "x", submit(cluster, tmp_path / "x", [*given, layout], script="convert.sbatch"))
+    assert read_manifest(tmp_path / "start" / "step_00000000").layout["tensor_model_parallel_size"] == 2
+
+    rows = [{"problem": f"w{number} w7", "answer": str(number)} for number in range(2, 42)]
+    data, out = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "evaluation"
+    given = ["gsm8k", "--data", f"gsm8k={data}", "--model", str(tmp_path / "start"), "--output", str(out), "--n", "4"]
+    server = [f"{name}={json.dumps(value)}" for name, value in SETTINGS.items() if name.startswith("rollout.")]
+    given += ["--max-tokens", "12", *server, "reward.workers=1"]
+    job = submit(cluster, tmp_path / "x", given, "--nodes=1", script="evaluate.sbatch")
+    log = tmp_path / f"job-{job}.log"
+    cluster.wait_for(lambda: log.exists() and "starting" in log.read_text(), 200, lambda: log.read_text())
+    cluster.run(["scancel", "--batch", "--signal=USR1", job])
+    said = ends(cluster, tmp_path / "x", job)
+    assert "notice: the evaluation ends" in said and "requeued" in said
+    assert len((out / "gsm8k.jsonl").read_text().splitlines()) == 160 and (out / "summary.json").exists()
