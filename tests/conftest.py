@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 # On tensors this small threads only wait for one another: up to thirty times as long on a machine that others use.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# These are the CPU's tests, also on a machine with a GPU.
+# These are the CPU's tests, also on a machine with a GPU; those of tests/gpu use what was visible.
+VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

@@ -58,6 +58,7 @@ _MEGATRONS_OWN_WRITER = (
 )
 _BYTES_A_TENSOR = 1024  # of metadata
 _LOOK_SECONDS = 0.02
+_END_SECONDS = 20.0
 _HEADROOM = 2**24  # bytes for what is written beside tensors
 
 
@@ -88,6 +89,7 @@ class CheckpointWriter:
         self._lock: IO[bytes] | None = None
         self._queue = AsyncCallsQueue(persistent=False)
         self._pending: _Save | None = None
+        self._trouble: str | None = None  # why its writers were ended
         self._validated = False
         self.last_saved: int | None = None
         self._results = ResultQueue()
@@ -129,23 +131,37 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Wait until the save under way, if any, is on disk or has failed.
 
-        Its writers are ended where that takes longer than checkpoint.write_timeout_seconds: a disk may hang.
+        Where that takes longer than checkpoint.write_timeout_seconds, as on a disk that hangs, its writers are ended;
+        one that does not even end is left alone.
         """
-        while self._pending is not None:
+        since, asked = time.perf_counter(), False
+        while True:
             self._finish()
-            if self._pending is not None:
-                if self._is_overdue(self._pending):
-                    logger.error("the checkpoint of step %d takes too long; its writers are ended", self._pending.step)
-                    for call in self._queue.async_calls:
+            if self._pending is None:
+                return
+            late = self._late(time.perf_counter() - since)
+            if late and not asked:
+                asked = True
+                self._trouble = (
+                    "it took longer than checkpoint.write_timeout_seconds = "
+                    f"{self._config.checkpoint.write_timeout_seconds:g}: look at the disk, or raise it"
+                )
+                for call in self._queue.async_calls:
+                    if call.async_caller.process is not None:  # a rank may have nothing to write
                         call.async_caller.process.kill()
-                time.sleep(_LOOK_SECONDS)
+            elif late == 2:
+                self._queue = AsyncCallsQueue(persistent=False)
+                self._give_up(self._pending.step, f"{self._trouble}; a writer does not end", clear=False)
+                return
+            time.sleep(_LOOK_SECONDS)
 
-    def _is_overdue(self, pending: _Save) -> bool:
-        """The same on all ranks."""
-        late = time.perf_counter() - pending.started > self._config.checkpoint.write_timeout_seconds
-        flag = torch.tensor(late, dtype=torch.int32, device=torch.cuda.current_device())
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+    def _late(self, waited: float) -> int:
+        """1: the writers have to end; 2: they do not. The same on all ranks."""
+        limit = self._config.checkpoint.write_timeout_seconds
+        late = int(waited > limit) + int(waited > limit + _END_SECONDS)
+        worst = torch.tensor(late, dtype=torch.int32, device=torch.cuda.current_device())
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        return int(worst)
 
     def _begin(self, pending: _Save, sharded: Mapping[str, Any]) -> None:
         needed = [(0, 0)] * dist.get_world_size()
@@ -204,7 +220,7 @@ class CheckpointWriter:
                 return
         except (CheckpointException, SharedUserError) as error:
             # Megatron and `together` raise on every rank; the reason is known to rank 0.
-            self._give_up(pending.step, _reason(error))
+            self._give_up(pending.step, self._trouble or _reason(error))
             return
         self._pending, self.last_saved = None, pending.step
         if dist.get_rank() == 0:
@@ -228,9 +244,10 @@ class CheckpointWriter:
                 if pending.best is not None:
                     self._folder.point_to_best(pending.step, pending.best)
 
-    def _give_up(self, step: int, reason: str) -> None:
-        pending, self._pending = self._pending, None
-        if dist.get_rank() == 0 and pending is not None:
+    def _give_up(self, step: int, reason: str, *, clear: bool = True) -> None:
+        """`clear`: also what is there of it, now and not at the next start."""
+        pending, self._pending, self._trouble = self._pending, None, None
+        if dist.get_rank() == 0 and pending is not None and clear:
             with _tolerating_errors():
                 pending.reserve.unlink(missing_ok=True)
                 if pending.partial.exists():

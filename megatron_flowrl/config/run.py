@@ -31,8 +31,9 @@ class RunConfig:
     hang_seconds: Annotated[float, Field(ge=0)] | None = None
     """Seconds in which a step's passes and updates may show no progress (a micro-batch, a pass or an update that is
     over; in the first step four times as long); after them where every rank stands is written to run.folder/logs, and
-    the run is ended, for a cluster to start it anew. null: 90 on GPUs; on CPUs four fifths of
-    parallel.distributed_timeout_minutes, after which collectives end without such words. 0: never."""
+    the run is ended, for a cluster to start it anew. null: on CPUs four fifths of
+    parallel.distributed_timeout_minutes, after which collectives end without such words; on GPUs that, and at most 90:
+    give more where a micro-batch takes longer. 0: never."""
 
     slow_step_factor: Annotated[float, Field(gt=1)] = 10.0
     """The same where these take so many times their median, and a minute or more."""

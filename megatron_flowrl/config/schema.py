@@ -283,8 +283,9 @@ class RolloutConfig:
     """How often in a row, without an answer in between, a server that fails is started again."""
 
     hang_seconds: NonNegativeFloat | None = None
-    """How long a server that was asked for answers may go without making or reading a token: then it is ended and
-    started again, and its prompts go elsewhere. null: 90 on GPUs, 600 on CPUs. 0: for ever."""
+    """How long a server that was asked for answers may go without making or reading a token: then its prompts go
+    elsewhere, and it is ended and started again, unless it runs elsewhere (generation.urls). null: 90 on GPUs, 600 on
+    CPUs. 0: for ever."""
 
     replay: Annotated[str, Field(min_length=1)] | None = None
     """Folder of recorded rollouts, RUN/rollouts of some run, to train on instead of sampling: no server is started."""
@@ -346,11 +347,12 @@ class CheckpointConfig:
     """Save also after an evaluation with the best reward so far, and keep that one whatever its age."""
 
     write_timeout_seconds: PositiveFloat = 1800.0
-    """How long a checkpoint may take to be on disk. Where training has to wait for it so long, its writers are ended,
-    that checkpoint is given up, and training goes on."""
+    """How long training waits for a checkpoint that is being written: when the next one is due, at the end, and without
+    async_save. Then its writers are ended, that checkpoint is given up, and training goes on."""
 
     last_save_seconds: NonNegativeFloat = 300.0
-    """How long the checkpoint that a run ends with is tried again where it cannot be written, as on a full disk."""
+    """How long the checkpoint that a run ends with is tried again where it cannot be written, as on a full disk; 30 at
+    most where the run was asked to end."""
 
     verify_checksums: bool = True
     """Read every file of a checkpoint for its SHA-256 before loading it. false: only sizes are compared."""

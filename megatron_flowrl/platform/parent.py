@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1
+_PARENT = os.getppid()
 
 
 def signal_at_parents_end(number: signal.Signals | None) -> None:
@@ -18,4 +20,9 @@ def signal_at_parents_end(number: signal.Signals | None) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number or 0)
 
 
-__all__ = ["signal_at_parents_end"]
+def parent_is_gone() -> bool:
+    """Whether the parent that this process was started by has ended."""
+    return os.getppid() != _PARENT
+
+
+__all__ = ["parent_is_gone", "signal_at_parents_end"]

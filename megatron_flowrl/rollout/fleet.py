@@ -327,10 +327,10 @@ class Fleet:
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
             watched = [r for r in self.replicas if r.state in _WATCHED]
-            looks = [seen.setdefault(replica, Health(self._hang_seconds)).look(replica) for replica in watched]
+            seen = {replica: seen.get(replica) or Health(self._hang_seconds) for replica in watched}
+            looks = [seen[replica].look(replica) for replica in watched]
             for replica, why in zip(watched, await asyncio.gather(*looks), strict=True):
                 if why is not None and replica.state in _WATCHED:
-                    del seen[replica]
                     await self._take_down(replica, f"{replica.url} {why}")
 
     async def _take_down(self, replica: Replica, why: str) -> None:

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import re
+import select
 import shutil
 import socket
 import subprocess
@@ -91,6 +92,16 @@ class VllmServer:
         check_shared_memory(self.settings.tensor_parallel_size)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._told, tell = os.pipe()
+        try:
+            self._start_guard(tell)
+        except OSError:
+            os.close(self._told)
+            self._told = None
+            raise
+        finally:
+            os.close(tell)
+
+    def _start_guard(self, tell: int) -> None:
         guard = [sys.executable, "-m", "megatron_flowrl.rollout.guard", str(GRACE_SECONDS), str(tell), *self.command()]
         self._starts += 1
         self._log_begins = self.log.stat().st_size if self._starts > 1 and self.log.exists() else 0
@@ -104,7 +115,6 @@ class VllmServer:
                 start_new_session=True,  # Ctrl-C is for us; the guard hears of it from us
                 pass_fds=[tell],
             )
-        os.close(tell)
 
     def _for_transfer(self) -> dict[str, str]:
         """CUDA handles come pickled, which vLLM takes only when told so; whoever reaches its routes can do worse."""
@@ -180,6 +190,7 @@ class VllmServer:
         """Let the guard end the server, and return at once."""
         if self._guard is not None and self._guard.stdin is not None:
             self._guard.stdin.close()
+            self._guard.terminate()  # a checkpoint's writer that was forked meanwhile has that open, too
 
     def stop(self) -> None:
         """End the server and wait for it; safe to call twice."""
@@ -193,9 +204,9 @@ class VllmServer:
         """What is left where the guard was killed, and could not."""
         if self._told is None:
             return
-        with os.fdopen(self._told) as told:
-            self._told = None
-            said = told.read()  # the guard has ended
+        told, self._told = self._told, None
+        with os.fdopen(told, "rb", buffering=0) as pipe:  # a process that was forked meanwhile may hold it
+            said = pipe.read(4096) if select.select([pipe], [], [], 0.0)[0] else b""
         if said and self._guard is not None and (self._guard.returncode or 0) < 0:
             session, temporary = json.loads(said)
             clear(session, temporary, GRACE_SECONDS)

@@ -23,6 +23,7 @@ from megatron_flowrl.platform.distributed import together
 from megatron_flowrl.training.session import Session
 
 _AGAIN_SECONDS = 10.0
+_NOTICE_SECONDS = 30.0  # for the last checkpoint where a cluster waits for the end
 POSITION = "position"  # prompts, or rows, that were taken from the data
 
 
@@ -103,8 +104,8 @@ class Journal:
         if self._recorder is not None:
             self._recorder.record(step, metrics, histograms or {}, samples)
 
-    def save(self, step: int, position: int, *, last: bool, reward: float | None) -> None:
-        """Save where it is time: every save_interval steps, after the last, and, with its reward, as the best yet.
+    def save(self, step: int, position: int, *, last: bool, reward: float | None, due: bool = False) -> None:
+        """Save where it is time or `due`: every save_interval steps, after the last, and, with its reward, as the best.
 
         The last is on disk when this returns. Raises SharedUserError where it could not be written in
         checkpoint.last_save_seconds.
@@ -113,32 +114,36 @@ class Journal:
             writer.poll()
         best = [self._is_best(reward)]
         dist.broadcast_object_list(best, src=0)
-        due = last or (step > 0 and step % self._config.checkpoint.save_interval == 0)
+        due = due or last or (step > 0 and step % self._config.checkpoint.save_interval == 0)
         if (due or best[0]) and step != self._saved:
             self._write(step, position, reward if best[0] else None)
             self._saved = step
         if last:
-            self._insist(step, position, reward if best[0] else None)
+            self._insist(step, position, reward if best[0] else None, self._config.checkpoint.last_save_seconds)
 
     def _write(self, step: int, position: int, best: float | None) -> None:
         for name in sorted(self._writers):  # the critic's first: the policy's is what a start looks for
             self._writers[name].save(self._states[name], step, {POSITION: position}, best if name == "policy" else None)
 
-    def _insist(self, step: int, position: int, best: float | None) -> None:
+    def _insist(self, step: int, position: int, best: float | None, patience: float) -> None:
         """With its last checkpoint a run loses what it learnt since the one before; there may soon be room for it."""
-        attempts = 1 + round(self._config.checkpoint.last_save_seconds / _AGAIN_SECONDS)  # the same on all ranks
-        for attempt in range(attempts):
-            if attempt:
-                logger.error("the run's last checkpoint is tried again (%d of %d); make room", attempt, attempts - 1)
-                time.sleep(_AGAIN_SECONDS)
-                self._write(step, position, best)
+        began = time.monotonic()
+        while True:
             for writer in self._writers.values():
                 writer.wait()
             if self.saved >= step or self._resumed == step:
                 return
+            over = [time.monotonic() - began > patience]
+            dist.broadcast_object_list(over, src=0)
+            if over[0]:
+                break
+            logger.error("the run's last checkpoint is tried again for %.0f s; make room", patience)
+            time.sleep(_AGAIN_SECONDS)
+            self._write(step, position, best)
         raise SharedUserError(
-            f"the checkpoint of step {step}, the last of this run, could not be written; the newest is that of step "
-            f"{self.saved or max(self._resumed, 0)}: make room, and start again"
+            f"the checkpoint of step {step}, the last of this run, could not be written in {patience:.0f} s "
+            f"(checkpoint.last_save_seconds); the newest is that of step {self.saved or max(self._resumed, 0)}: make "
+            "room, and start again"
         )
 
     def end(self, step: int, position: int, reward: float | None = None) -> None:
@@ -150,7 +155,8 @@ class Journal:
         if step == 0:
             logger.warning("ends before its first step; there is nothing to save")
             return
-        self.save(step, position, last=True, reward=reward)
+        self.save(step, position, last=False, reward=reward, due=True)
+        self._insist(step, position, None, min(self._config.checkpoint.last_save_seconds, _NOTICE_SECONDS))
         logger.warning("ends after step %d of %d, which is saved; the same command goes on from there", step, steps)
 
     @property

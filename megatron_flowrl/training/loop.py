@@ -107,7 +107,7 @@ def _train(
             oversight.watchdog.step()
             with progress(config.logging, rank, len({*shares}), f"update {step}") as advance:
                 trained = trainer.step(step, experience, shares, timers, advance, oversight.watchdog.sign)
-            oversight.watchdog.done()
+            oversight.watchdog.done(trained.packing is not None)
         position, last = rollout.next_position, step == config.run.steps
         ending = oversight.notice.everywhere() and not last
         evaluated, trouble = {}, None

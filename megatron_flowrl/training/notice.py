@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_flowrl.observe.log import logger
 from megatron_flowrl.platform.distributed import World
-from megatron_flowrl.platform.parent import signal_at_parents_end
+from megatron_flowrl.platform.parent import parent_is_gone, signal_at_parents_end
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -52,6 +52,8 @@ class Notice:
         self._before = {number: signal.signal(number, self._take) for number in SIGNALS}
         if self._world.under_torchrun:
             signal_at_parents_end(signal.SIGTERM)
+            if parent_is_gone():
+                self._given = signal.SIGTERM
         return self
 
     def __exit__(

@@ -34,7 +34,7 @@ class Listener(Protocol):
     """What is told how far a pass is on this rank."""
 
     def micro_batch(self) -> None:
-        """A micro-batch's forward pass is done."""
+        """A micro-batch's forward pass is done; on stages before the last also: its backward pass begins."""
 
     def end(self) -> None:
         """All of this rank's micro-batches are done, before what all ranks do together."""
@@ -185,6 +185,8 @@ def _run(
         )
         if listener is not None:
             listener.micro_batch()
+            if isinstance(output, Tensor) and output.requires_grad:  # a stage before the last: its backward, too
+                output.register_hook(lambda _: listener.micro_batch())
         return output, lambda result: on_output(result, batch)
 
     results: list[Any] = get_forward_backward_func()(

@@ -21,27 +21,33 @@ _LATE = 0.1  # share of the passes' time
 _IN_A_ROW = 5  # steps, before anything is said
 _PRODUCTS = {"cuda": (2048, 50, torch.bfloat16), "cpu": (256, 5, torch.float32)}  # side, how many, format
 _TRIES = 3
+_LOOK_SECONDS = 0.001
 
 
 class RankWait:
     """Listens to passes; adds up how long a rank stands at their ends until the others are there.
 
-    That is uneven work, a slow rank, or the place in the pipeline. `on_micro_batch` hears of each one.
+    That is uneven work, a slow rank, or the place in the pipeline. `on_progress` hears of each micro-batch, and now and
+    then while this rank waits.
     """
 
-    def __init__(self, platform: Platform, on_micro_batch: Callable[[], object] = lambda: None) -> None:
-        self._platform, self._on_micro_batch = platform, on_micro_batch
+    def __init__(self, platform: Platform, on_progress: Callable[[], object] = lambda: None) -> None:
+        self._platform, self._on_progress = platform, on_progress
         self.seconds, self._began = 0.0, time.perf_counter()
 
     def micro_batch(self) -> None:
         """A micro-batch's forward pass is done."""
-        self._on_micro_batch()
+        self._on_progress()
 
     def end(self) -> None:
         """This rank's micro-batches are done."""
         self._platform.synchronize()
         began = time.perf_counter()
-        dist.barrier()
+        barrier = dist.barrier(async_op=True)
+        while not barrier.is_completed():  # whoever waits for a slow rank does not hang
+            self._on_progress()
+            time.sleep(_LOOK_SECONDS)
+        barrier.wait()  # raises where a rank is gone
         self.seconds += time.perf_counter() - began
 
     def elapsed(self) -> float:
@@ -53,8 +59,8 @@ class RankWait:
 class Standing:
     """Of one rank in one step, in seconds.
 
-    late: how much less it waited at the ends of passes than the median of the ranks that have its place in the other
-    model replicas. probe: matrix products of its own.
+    late: how much less it waited at the ends of passes than the ranks that have its place in the other model replicas,
+    by their median; 0 where there are none. probe: matrix products of its own.
     """
 
     waited: float
@@ -82,7 +88,8 @@ class Stragglers:
         peers = parallel_state.get_data_parallel_group()
         of_peers = [torch.empty_like(waited) for _ in range(peers.size())]
         dist.all_gather(of_peers, waited, group=peers)
-        late = median(float(one) for one in of_peers) - wait.seconds
+        others = [float(one) for rank, one in enumerate(of_peers) if rank != peers.rank()]
+        late = median(others) - wait.seconds if others else 0.0
         own = torch.tensor([wait.seconds, late, self._probe()], dtype=torch.float64, device=device)
         all_ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(all_ranks, own)

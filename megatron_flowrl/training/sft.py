@@ -54,8 +54,10 @@ def _train(
     for step in steps:
         oversight.watchdog.step()
         sequences = [training[number] for number in order.take(position, config.sft.sequences_per_step)]
-        trained = trainer.step(step, _experience(sequences), [0] * len(sequences), timers)
-        oversight.watchdog.done()
+        trained = trainer.step(
+            step, _experience(sequences), [0] * len(sequences), timers, on_progress=oversight.watchdog.sign
+        )
+        oversight.watchdog.done(trained.packing is not None)
         position += len(sequences)
         evaluated, last = {}, step == config.run.steps
         if validation and (last or step % config.evaluation.interval == 0):

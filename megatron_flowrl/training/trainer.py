@@ -85,7 +85,7 @@ class Trainer:
         mini_batch_of: Sequence[int],
         timed: Timed = nullcontext,
         on_update: Callable[[], object] = lambda: None,
-        on_micro_batch: Callable[[], object] = lambda: None,
+        on_progress: Callable[[], object] = lambda: None,
     ) -> TrainedStep:
         """The passes before the updates, then an update for each mini-batch; all at the learning rate of the step.
 
@@ -101,7 +101,7 @@ class Trainer:
         if not experience.sequences:
             return TrainedStep(metrics | {"update/updates": 0.0}, {}, None)
         packing = plan([len(sequence) for sequence in experience.sequences], self._rules, mini_batch_of)
-        wait = RankWait(self._platform, on_micro_batch)
+        wait = RankWait(self._platform, on_progress)
         experience = self._with_passes(experience, packing, timed, wait)
         results, of_critic = [], []
         constants = self.updater.prepare(experience, packing, step=number)

@@ -86,10 +86,10 @@ class Watchdog:
             self._thread.start()
             threading.Thread(target=self._look, name="watchdog's word", daemon=True).start()
 
-    def done(self) -> None:
-        """They are over."""
+    def done(self, trained: bool = True) -> None:
+        """They are over. `trained`: whether there was anything to do, which else says nothing of a step's time."""
         self.beat()
-        if self._step is not None:
+        if self._step is not None and trained:
             self._times.append(self._last - self._step)
         self._step = None
 

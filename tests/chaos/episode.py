@@ -169,7 +169,7 @@ class Run:
             found = processes_of(self._mark)
             if kind in found:
                 return kind, self._draw.choice(found[kind]).id
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline and self._only is None:
                 kind, deadline = "rank", time.monotonic() + 5.0
         return None
 
@@ -219,7 +219,8 @@ def differences(run: Path, undisturbed: Path) -> list[str]:
     problems += [
         f"{name} differs" for name in expected if name in found and not torch.equal(expected[name], found[name])
     ]
-    for line, other in zip(metrics_of(run), metrics_of(undisturbed), strict=False):
+    lines, others = ([line for line in metrics_of(one) if line["step"] > 0] for one in (run, undisturbed))
+    for line, other in zip(lines, others, strict=True):
         names = [name for name in other if name == "step" or name.startswith(("update/", "rollout/"))]
         problems += [
             f"step {other['step']}: {name} is {line.get(name)}, not {other[name]}"

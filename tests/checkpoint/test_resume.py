@@ -430,7 +430,7 @@ def test_a_writer_that_hangs(
     with monkeypatch.context() as patch:
         patch.setattr(writer, "_write_and_record", lambda *_: time.sleep(1000))
         patch.setattr(training.writer, "_config", replace(training.config, checkpoint=limited))
-        _save_in_trouble(training, said, "the checkpoint of step 2 takes too long; its writers are ended")
+        _save_in_trouble(training, said, "longer than checkpoint.write_timeout_seconds = 1: look at the disk")
     _only_good_checkpoints(training, tmp_path / "run", [1])
     training.save()
     training.wait()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
+from tests.conftest import VISIBLE_GPUS
 from tests.distributed.ranks import REPOSITORY
 from tests.tiny_models import VOCABULARY, random_sequences
 from tests.tiny_tasks import EOS, save_tokenizer, write_rows
@@ -153,6 +154,8 @@ def run_jobs(folder: Path, jobs: dict[str, dict[str, list[str]]]) -> dict[str, d
         environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
         if where == "gpu":
             del environment["CUDA_VISIBLE_DEVICES"]
+            if VISIBLE_GPUS is not None:
+                environment["CUDA_VISIBLE_DEVICES"] = VISIBLE_GPUS
         command = [sys.executable, "-m", "tests.gpu.worker", str(given), str(folder / f"{where}_out.json")]
         processes[where] = subprocess.Popen(command, cwd=REPOSITORY, env=environment)
     for where, process in processes.items():

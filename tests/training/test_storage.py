@@ -124,7 +124,7 @@ def test_a_disk_that_is_full_for_a_while(disk: OwnDisk, expected: dict[str, torc
     checkpoints = CheckpointFolder(disk.at / "checkpoints")
     wait_for(lambda: bool(checkpoints.steps()), run)
     fill(disk.at / "other")
-    wait_for(lambda: "the run's last checkpoint is tried again (1 of 30); make room" in disk.said(), run)
+    wait_for(lambda: "the run's last checkpoint is tried again for 300 s; make room" in disk.said(), run)
     assert "metrics.jsonl cannot be written: No space left on device; training goes on" in disk.said()
     assert "the checkpoint of step 30 could not be written" in disk.said()
     assert checkpoints.steps() == [5] and f"step {STEPS}/{STEPS}" in disk.said()

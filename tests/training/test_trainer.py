@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
-import torch.distributed as dist
 
-from megatron_flowrl.platform import Platform
-from megatron_flowrl.training.trainer import RankWait, mini_batches
+from megatron_flowrl.training.trainer import mini_batches
 
 
 @pytest.mark.parametrize(
@@ -32,12 +28,3 @@ def test_updates_are_of_nearly_equal_size(count: int) -> None:
     sizes = [shares.count(index) for index in range(max(shares) + 1)]
     assert len(sizes) == -(-count // 8)
     assert max(sizes) <= 8 and max(sizes) - min(sizes) <= 1
-
-
-def test_waiting_for_other_ranks_adds_up(one_rank_platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
-    wait = RankWait(one_rank_platform)
-    assert wait.mean() == 0.0
-    monkeypatch.setattr(dist, "barrier", lambda: time.sleep(0.05))  # the others are late
-    wait()
-    wait()
-    assert wait.mean() >= 0.1
