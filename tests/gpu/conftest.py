@@ -22,6 +22,7 @@ from tests.training.recorded import arguments, write_records
 
 GPU = Path("/dev/nvidia0")
 STEPS = 4
+RESUMED = ("bfloat16", "hybrid_delayed", "hybrid_blockwise", "param_gather")
 _SIZES: dict[str, Any] = {  # multiples of what FP8 wants, and of its blocks of 128
     "vocab_size": VOCABULARY,
     "hidden_size": 256,
@@ -114,7 +115,7 @@ def gpu_jobs(folder: Path) -> dict[str, list[str]]:
         jobs[f"score_{recipe}"] = score(folder, "qwen2", f"score_{recipe}", settings)
     for name, settings in {"float32": ["precision.dtype=float32"], "bfloat16": BF16, **FP8}.items():
         jobs[f"train_{name}"] = train(folder, f"train_{name}", settings)
-    for name in ("bfloat16", "hybrid_blockwise", "param_gather"):
+    for name in RESUMED:
         settings = BF16 if name == "bfloat16" else FP8[name]
         jobs[f"half_{name}"] = train(folder, f"resumed_{name}", [*settings, "run.steps=2"])
         jobs[f"resumed_{name}"] = train(folder, f"resumed_{name}", settings)
@@ -165,4 +166,4 @@ def run_jobs(folder: Path, jobs: dict[str, dict[str, list[str]]]) -> dict[str, d
     return outcomes
 
 
-__all__ = ["FP8", "GPU", "MODELS", "STEPS", "Made"]
+__all__ = ["FP8", "GPU", "MODELS", "RESUMED", "STEPS", "Made"]

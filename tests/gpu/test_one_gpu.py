@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from tests.gpu.conftest import FP8, GPU, MODELS, STEPS, Made
+from tests.gpu.conftest import FP8, GPU, MODELS, RESUMED, STEPS, Made
 
 pytestmark = [
     pytest.mark.skipif(not GPU.exists(), reason=f"there is no GPU: {GPU} is missing"),
@@ -62,8 +62,9 @@ def test_training(precision: str, made: Made) -> None:
     assert found[0]["memory/accelerator_peak_gib"] > 0 and found[0]["speed/slowest_device_factor"] == 1.0
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "hybrid_blockwise", "param_gather"])
+@pytest.mark.parametrize("precision", RESUMED)
 def test_a_run_in_two_parts_is_that_in_one(precision: str, made: Made) -> None:
+    """But with delayed scales: those of the reference are in no checkpoint."""
     made.check(f"half_{precision}")
     made.check(f"resumed_{precision}")
     states = []
@@ -74,4 +75,6 @@ def test_a_run_in_two_parts_is_that_in_one(precision: str, made: Made) -> None:
         states.append({key: value for key, value in content.items() if isinstance(value, torch.Tensor)})
     assert list(states[0]) == list(states[1]) and len(states[0]) > 20
     differing = [key for key, value in states[0].items() if not torch.equal(value, states[1][key])]
-    assert differing == []
+    assert bool(differing) == ("delayed" in precision), differing
+    whole, parts = made.metrics(f"train_{precision}")[2], made.metrics(f"resumed_{precision}")[2]
+    assert whole["update/first_kl_old"] == parts["update/first_kl_old"]  # the policy's own are
