@@ -6,12 +6,14 @@ import asyncio
 import time
 from enum import Enum
 
-from megatron_flowrl.rollout.control import ServerControl
+from megatron_flowrl.rollout.control import SHORT_SECONDS, ServerControl
 from megatron_flowrl.rollout.errors import ReplyError, ServerError
+from megatron_flowrl.rollout.generation import ROUTE, Job, Sampling
 from megatron_flowrl.rollout.http import HttpLoop
 from megatron_flowrl.rollout.server import VllmServer
 
 _POLL_SECONDS = 0.5
+_ONE_TOKEN = Job(0, 0, (1,), Sampling(max_tokens=1))
 
 
 class State(Enum):
@@ -67,7 +69,7 @@ class Replica:
             await self._ready(self.process)
         else:
             self.control = self._control(self.url)
-            await self._wait_for_other()
+            await self._wait_for_other(answers=True)
 
     async def is_well(self) -> bool:
         """Whether it runs and says so."""
@@ -95,12 +97,15 @@ class Replica:
     async def _ready(process: VllmServer) -> None:
         await asyncio.to_thread(process.wait_until_ready)
 
-    async def _wait_for_other(self) -> None:
+    async def _wait_for_other(self, *, answers: bool = False) -> None:
+        """`answers`: also until it makes a token. A front end says that it is well though its engine hangs."""
         deadline = time.monotonic() + self.start_timeout
         while True:
             try:
                 await self.control.get("/health")
                 await self.control.world_size()
+                if answers:
+                    await self.control.post(ROUTE, _ONE_TOKEN.body(), timeout=SHORT_SECONDS)
                 return
             except ReplyError as error:
                 if time.monotonic() > deadline:

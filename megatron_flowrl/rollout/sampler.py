@@ -255,6 +255,7 @@ class Sampler:
     def _wait(self) -> None:
         """Rank 0: where there is nothing to do. A sign of life, if it is time; raises Interrupted."""
         if self._on_wait():
+            logger.warning("the run is to end: what is being sampled is given up")
             raise Interrupted("the run was asked to end while it waited for servers")
         if self._is_silent():
             self._say(_Next.WAIT, None)

@@ -43,7 +43,7 @@ _SUSPENDED_SECONDS = 30.0  # between two looks
 _FASTEST_SECONDS = 60.0  # a step that is shorter is never too slow
 _FIRST_FACTOR = 4.0  # more time for the first step
 _STEPS = 50  # whose times are remembered
-_WORD = "hang"
+_WORD, _LOCKED = "hang", "locked"
 
 
 class Watchdog:
@@ -80,7 +80,10 @@ class Watchdog:
         self._step = self._last
         if self._thread is None and self._hang_seconds:
             self._logs.mkdir(parents=True, exist_ok=True)
-            self._locked = (self._logs / f"locked_{self._word.name}_rank_{self._world.rank}.txt").open("w")
+            for left in self._logs.glob(f"{_LOCKED}_*_rank_{self._world.rank}.txt"):  # of starts that were killed
+                if not left.stat().st_size:
+                    left.unlink()
+            self._locked = (self._logs / f"{_LOCKED}_{self._word.name}_rank_{self._world.rank}.txt").open("w")
             self._arm()  # now: the thread may never come to it
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()

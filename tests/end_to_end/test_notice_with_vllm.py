@@ -74,7 +74,8 @@ def test_notice_during_a_rollout(task_folder: Path, tmp_path: Path) -> None:
 
     steps, output = after_a_step(process, run, tell)
     assert process.returncode == 0, output[-4000:]
-    assert f"ends after step {steps} of 50, which is saved" in output
+    assert "the run is to end: what is being sampled is given up" in output
+    assert steps == 1 and "ends after step 1 of 50, which is saved" in output
     assert (run / "checkpoints" / "latest").read_text().strip() == f"step_{steps:08d}"
     assert processes_with(str(task_folder / "model")) == []
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_flowrl.rollout import control
+from megatron_flowrl.rollout import control, replica
 from megatron_flowrl.rollout.errors import ServerError
 from megatron_flowrl.rollout.fleet import Generation
 from megatron_flowrl.rollout.generation import Answer, Job, Sampling
@@ -208,12 +208,15 @@ def test_a_server_that_hangs_is_given_up(stub: Any, make_fleet: Any, monkeypatch
     assert [one.url for one in servers.running()] == [sound.url]
 
 
-def test_an_engine_that_hangs_behind_its_front_end_is_given_up(stub: Any, make_fleet: Any) -> None:
-    """It says that it is well all the time."""
+def test_an_engine_that_hangs_behind_its_front_end_is_given_up(
+    stub: Any, make_fleet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says that it is well all the time, and whoever waits for it to come back is not taken in."""
+    monkeypatch.setattr(replica, "SHORT_SECONDS", 0.2)
     hanging, slow, jobs = stub(), stub(), make_jobs(20)
     hanging.fault, hanging.tokens = always("hang"), 7
     slow.hold, slow.tokens, slow.counts = (lambda _: True), 7, True
-    servers = make_fleet(hanging, slow, max_restarts=0, hang_seconds=0.5)
+    servers = make_fleet(hanging, slow, max_restarts=1, start_timeout=0.5, hang_seconds=0.5)
     generation = servers.generate(jobs)
     wait_for(lambda: servers.replicas[0].state is State.LOST)
     time.sleep(1.0)  # one that makes tokens may take as long as it likes
