@@ -18,17 +18,9 @@ import transformer_engine_torch as tex
 from safetensors.torch import save_file
 from transformer_engine.common import recipe as recipes
 
-ROWS, IN, OUT = 256, 384, 256
+from tests.ops.fp8_numbers import IN, OUT, compact, numbers
+
 _FORMATS = {"hybrid": recipes.Format.HYBRID, "e4m3": recipes.Format.E4M3}
-
-
-def numbers(step: int) -> dict[str, torch.Tensor]:
-    """x [ROWS, IN], w [OUT, IN], dy [ROWS, OUT] in bf16, with some rows and columns of other sizes."""
-    draw = torch.Generator().manual_seed(step)
-    x = torch.randn(ROWS, IN, generator=draw) * torch.logspace(-2, 1, ROWS).unsqueeze(1)
-    w = torch.randn(OUT, IN, generator=draw) * 0.05 * torch.logspace(-1, 1, IN)
-    dy = torch.randn(ROWS, OUT, generator=draw) * 1e-3 * torch.logspace(1, -1, OUT)
-    return {name: value.to(torch.bfloat16) for name, value in {"x": x, "w": w, "dy": dy}.items()}
 
 
 def recipe_of(name: str, form: str) -> Any:
@@ -99,7 +91,8 @@ def main() -> None:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(),
     }
-    save_file({key: value.clone() for key, value in found.items()}, sys.argv[1], metadata=about)
+    products_found, digests = compact(found)
+    save_file(products_found, sys.argv[1], metadata=about | digests)
     print(about, len(found), "tensors")
     if trouble:
         sys.exit("\n".join(trouble))
