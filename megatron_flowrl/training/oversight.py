@@ -32,12 +32,11 @@ class Oversight:
 def overseen(session: Session) -> Iterator[Oversight]:
     """All ranks enter it together, on their main threads."""
     config, logs = session.config, RunFolder(session.config).logs
+    wait = _SHARE * 60 * config.parallel.distributed_timeout_minutes
     seconds = config.run.hang_seconds
     if seconds is None:
-        seconds = _SHARE * 60 * config.parallel.distributed_timeout_minutes
-        if session.platform.is_cuda:
-            seconds = min(seconds, _HANG_SECONDS)
-    watchdog = Watchdog(seconds, config.run.slow_step_factor, session.world, logs)
+        seconds = min(wait, _HANG_SECONDS) if session.platform.is_cuda else wait
+    watchdog = Watchdog(seconds, wait, config.run.slow_step_factor, session.world, logs)
     with Notice(session.world, session.platform.device) as notice, watchdog:
         yield Oversight(notice, watchdog)
 

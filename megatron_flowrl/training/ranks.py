@@ -21,33 +21,30 @@ _LATE = 0.1  # share of the passes' time
 _IN_A_ROW = 5  # steps, before anything is said
 _PRODUCTS = {"cuda": (2048, 50, torch.bfloat16), "cpu": (256, 5, torch.float32)}  # side, how many, format
 _TRIES = 3
-_LOOK_SECONDS = 0.001
 
 
 class RankWait:
     """Listens to passes; adds up how long a rank stands at their ends until the others are there.
 
-    That is uneven work, a slow rank, or the place in the pipeline. `on_progress` hears of each micro-batch, and now and
-    then while this rank waits.
+    That is uneven work, a slow rank, or the place in the pipeline. `on_progress` hears of each micro-batch, and of the
+    beginning and the end of a wait: whether this rank waits now.
     """
 
-    def __init__(self, platform: Platform, on_progress: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, platform: Platform, on_progress: Callable[[bool], object] = lambda _: None) -> None:
         self._platform, self._on_progress = platform, on_progress
         self.seconds, self._began = 0.0, time.perf_counter()
 
     def micro_batch(self) -> None:
         """A micro-batch's forward pass is done."""
-        self._on_progress()
+        self._on_progress(False)
 
     def end(self) -> None:
         """This rank's micro-batches are done."""
         self._platform.synchronize()
         began = time.perf_counter()
-        barrier = dist.barrier(async_op=True)
-        while not barrier.is_completed():  # whoever waits for a slow rank does not hang
-            self._on_progress()
-            time.sleep(_LOOK_SECONDS)
-        barrier.wait()  # raises where a rank is gone
+        self._on_progress(True)  # whoever waits for a slow rank does not hang
+        dist.barrier()
+        self._on_progress(False)
         self.seconds += time.perf_counter() - began
 
     def elapsed(self) -> float:

@@ -85,7 +85,7 @@ class Trainer:
         mini_batch_of: Sequence[int],
         timed: Timed = nullcontext,
         on_update: Callable[[], object] = lambda: None,
-        on_progress: Callable[[], object] = lambda: None,
+        on_progress: Callable[[bool], object] = lambda _: None,
     ) -> TrainedStep:
         """The passes before the updates, then an update for each mini-batch; all at the learning rate of the step.
 

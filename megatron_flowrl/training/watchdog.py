@@ -2,10 +2,14 @@
 
 Watched are a step's passes and updates, from `step` to `done`: what waits for servers, graders or disks has time limits
 of its own. A thread on each rank looks once a second whether the rank has given a sign of progress: a micro-batch
-(`sign`), a pass or an update (`beat`). Where there is none for run.hang_seconds (four times that in the first step, in
-which libraries compile and connect), or the step takes run.slow_step_factor times the median of those before, it leaves
-word in the run's folder; all ranks, who look there, write the stacks of their threads beside it. The ranks that are
-behind the others, or wait for nobody, are named, and the process ends, which has its launcher end the others.
+(`sign`), a pass or an update (`beat`). Where there is none for run.hang_seconds, or the step takes run.slow_step_factor
+times the median of those before, it leaves word in the run's folder; all ranks, who look there, write the stacks of
+their threads beside it. The ranks that are behind the others, or wait for nobody, are named, and the process ends,
+which has its launcher end the others.
+
+It may take four times run.hang_seconds in the first step, in which libraries compile and connect; and, where a rank
+waits for the others at the end of a pass, almost as long as a collective may: a rank that hangs says so itself, unless
+its whole process or its node stands still.
 
 Where a library holds the interpreter's lock, the thread cannot run: then faulthandler's own, which needs none, writes
 the stacks and ends the process.
@@ -52,10 +56,13 @@ class Watchdog:
     `hang_seconds` 0: nothing is watched. `beat` may be called outside of a step, too, and does nothing there.
     """
 
-    def __init__(self, hang_seconds: float, slow_step_factor: float, world: World, logs: Path) -> None:
+    def __init__(
+        self, hang_seconds: float, wait_seconds: float, slow_step_factor: float, world: World, logs: Path
+    ) -> None:
         start = [f"{time.time():.0f}"]
         dist.broadcast_object_list(start, src=0)
-        self._hang_seconds, self._slow_step_factor = hang_seconds, slow_step_factor
+        self._hang_seconds, self._wait_seconds = hang_seconds, wait_seconds
+        self._slow_step_factor, self._waiting = slow_step_factor, False
         self._world, self._logs = world, logs
         self._word = logs / f"{_WORD}_{start[0]}"
         self._stop = threading.Event()
@@ -68,11 +75,15 @@ class Watchdog:
 
     def beat(self, phase: str | None = None) -> None:
         """There is progress, in this phase or, where it is None, the one before."""
-        self._phase, self._last, self._beats = phase or self._phase, time.monotonic(), self._beats + 1
+        self._phase, self._beats = phase or self._phase, self._beats + 1
+        self.sign()
 
-    def sign(self) -> None:
-        """As `beat`, where ranks need not be equally far: stages of a pipeline are ahead of one another."""
-        self._last = time.monotonic()
+    def sign(self, waiting: bool = False) -> None:
+        """As `beat`, where ranks need not be equally far: stages of a pipeline are ahead of one another.
+
+        `waiting`: this rank is done, and waits for the others, which may take `wait_seconds`.
+        """
+        self._last, self._waiting = time.monotonic(), waiting
 
     def step(self) -> None:
         """A step's passes and updates begin."""
@@ -101,7 +112,8 @@ class Watchdog:
         began, last, phase = self._step, self._last, self._phase  # the main thread changes them
         if began is None:
             return None
-        if now - last > self._hang_seconds * (1 if self._times else _FIRST_FACTOR):
+        limit = self._hang_seconds * (1 if self._times else _FIRST_FACTOR)
+        if now - last > (max(limit, self._wait_seconds) if self._waiting else limit):
             return f"no progress for {now - last:.0f} s in the phase {phase}"
         if len(self._times) >= 3:
             usual = median(list(self._times))

@@ -28,7 +28,7 @@ def main(logs: Path, how: str) -> None:
     dist.init_process_group("gloo")
     world = read_world()
     configure_logging(LoggingConfig(), world.rank)
-    with watchdog.Watchdog(10.0, 10.0, world, logs) as watch:
+    with watchdog.Watchdog(10.0, 10.0, 10.0, world, logs) as watch:
         for step in range(10):
             watch.step()
             watch.beat("update")

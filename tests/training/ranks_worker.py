@@ -17,14 +17,13 @@ def main() -> None:
     world = read_world()
     platform = current_platform(world.local_rank)
     initialize_process_groups(world, ParallelConfig(), platform, seed=1)
-    heard: list[float] = []
-    wait = RankWait(platform, lambda: heard.append(time.monotonic()))
+    wait = RankWait(platform)
     stragglers = Stragglers(platform)
     if world.rank == 1:
         time.sleep(1.0)
     wait.end()
     if world.rank == 0:
-        assert 0.8 < wait.seconds < 20 and len(heard) > 20  # it gives signs while it waits
+        assert 0.8 < wait.seconds < 20
     found = stragglers.measure(wait)
     assert found["speed/latest_rank_seconds"] > 0.7
     assert found["speed/rank_wait_seconds"] == pytest.approx(found["speed/latest_rank_seconds"] / 2, abs=0.2)

@@ -49,11 +49,15 @@ def test_what_differs_by_chance_is_not_named() -> None:
 
 def test_one_rank_waits_for_nobody(one_rank_platform: Platform) -> None:
     heard = []
-    wait = RankWait(one_rank_platform, lambda: heard.append(1))
+    wait = RankWait(one_rank_platform, heard.append)
     wait.micro_batch()
     wait.end()
     found = Stragglers(one_rank_platform).measure(wait)
-    assert heard and found["speed/slowest_device_factor"] == 1.0 and found["speed/latest_rank_seconds"] == 0.0
+    assert (
+        heard == [False, True, False]
+        and found["speed/slowest_device_factor"] == 1.0
+        and found["speed/latest_rank_seconds"] == 0.0
+    )
     assert found["speed/rank_wait_seconds"] == wait.seconds
 
 

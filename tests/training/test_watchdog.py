@@ -19,7 +19,7 @@ def watch(one_rank_platform: object, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """One whose thread does not run."""
     monkeypatch.setattr("threading.Thread.start", lambda _: None)
     monkeypatch.setattr("faulthandler.dump_traceback_later", lambda *_, **__: None)
-    return Watchdog(100.0, 10.0, World(), tmp_path)
+    return Watchdog(100.0, 480.0, 10.0, World(), tmp_path)
 
 
 def test_no_progress(watch: Watchdog, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +38,10 @@ def test_no_progress(watch: Watchdog, monkeypatch: pytest.MonkeyPatch) -> None:
     watch.sign()
     assert watch.trouble(1190.0) is None and watch.trouble(1191.0) is not None
     assert watch.standing()["beats"] == beats  # micro-batches do not tell who is behind
+    watch.sign(True)  # done, and waiting for others
+    assert watch.trouble(1570.0) is None and watch.trouble(1571.0) is not None
+    watch.sign()
+    assert watch.trouble(1191.0) is not None
     clock[0] = 1100.0
     watch.beat()
     assert watch.trouble(1200.0) is None
