@@ -89,9 +89,12 @@ def main() -> None:
             training.step()
             training.save()
 
+    longest = 0.6
     for _ in range(kills):
         known = root.latest() or 0
-        said, alive = run_for(draw.uniform(0.0, 0.6), train)
+        said, alive = run_for(draw.uniform(0.0, longest), train)
+        if (root.latest() or 0) == known:  # a machine that others use: a step and its save take longer there
+            longest *= 1.3
         print(json.dumps({"known": known, **json.loads(said[0]), "died": not alive, "latest": root.latest() or 0}))
 
     last = (root.latest() or 0) + 3
