@@ -57,7 +57,7 @@ _MEGATRONS_OWN_WRITER = (
     {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
 )
 _BYTES_A_TENSOR = 1024  # of metadata
-_LOOK_SECONDS = 0.02
+_LOOK_SECONDS = 0.05
 _END_SECONDS = 20.0
 _HEADROOM = 2**24  # bytes for what is written beside tensors
 
@@ -151,6 +151,7 @@ class CheckpointWriter:
                         call.async_caller.process.kill()
             elif late == 2:
                 self._queue = AsyncCallsQueue(persistent=False)
+                self._results = ResultQueue()  # into the old one it may yet say something
                 self._give_up(self._pending.step, f"{self._trouble}; a writer does not end", clear=False)
                 return
             time.sleep(_LOOK_SECONDS)

@@ -38,6 +38,7 @@ _LAST_SECONDS = 5.0
 _LONGEST_FOLDER = 60  # a socket's path has at most 107 characters, 37 of which are its name in vLLM
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
 
 
 def session_members(session: int) -> list[int]:
@@ -146,7 +147,8 @@ def _guard(grace_seconds: float, tell: int, command: list[str], temporary: str) 
     except OSError as error:
         print(f"cannot start {command[0]}: {error.strerror}", file=sys.stderr)
         return 127
-    os.write(tell, json.dumps([server.pid, temporary]).encode())
+    with contextlib.suppress(BrokenPipeError):  # the parent has ended already, which is noticed below
+        os.write(tell, json.dumps([server.pid, temporary]).encode())
     os.close(tell)
     shared: set[str] = set()
     while server.poll() is None and not stopping:
@@ -162,9 +164,6 @@ def _guard(grace_seconds: float, tell: int, command: list[str], temporary: str) 
     end(server, grace_seconds)
     _remove(shared)
     return server.returncode
-
-
-_LIBC = ctypes.CDLL(None)
 
 
 def _end_with_guard() -> None:

@@ -28,6 +28,7 @@ class Health:
         if self._strikes >= _STRIKES:
             return "does not say that it is well any more"
         if self._hang_seconds and await self._stands_still(replica):
+            replica.hung = True
             return f"has made no token in {self._hang_seconds:.0f} s though it was asked to (rollout.hang_seconds)"
         return None
 

@@ -39,6 +39,7 @@ class Replica:
         self.state = State.DOWN
         self.window = window
         self.restarts = 0
+        self.hung = False  # its front end said that it was well when it was given up
         self.asking: set[asyncio.Task[None]] = set()
 
     @property
@@ -69,7 +70,8 @@ class Replica:
             await self._ready(self.process)
         else:
             self.control = self._control(self.url)
-            await self._wait_for_other(answers=True)
+            await self._wait_for_other(answers=self.hung)
+        self.hung = False
 
     async def is_well(self) -> bool:
         """Whether it runs and says so."""

@@ -104,22 +104,28 @@ class Journal:
         if self._recorder is not None:
             self._recorder.record(step, metrics, histograms or {}, samples)
 
-    def save(self, step: int, position: int, *, last: bool, reward: float | None, due: bool = False) -> None:
-        """Save where it is time or `due`: every save_interval steps, after the last, and, with its reward, as the best.
+    def save(self, step: int, position: int, *, last: bool, reward: float | None) -> None:
+        """Save where it is time: every save_interval steps, after the last, and, with its reward, as the best yet.
 
         The last is on disk when this returns. Raises SharedUserError where it could not be written in
         checkpoint.last_save_seconds.
         """
+        due = last or (step > 0 and step % self._config.checkpoint.save_interval == 0)
+        best = self._save(step, position, due, reward)
+        if last:
+            self._insist(step, position, best, self._config.checkpoint.last_save_seconds)
+
+    def _save(self, step: int, position: int, due: bool, reward: float | None) -> float | None:
+        """Begin to, where it is due or the best; returns the reward that makes it that."""
         for writer in self._writers.values():
             writer.poll()
-        best = [self._is_best(reward)]
-        dist.broadcast_object_list(best, src=0)
-        due = due or last or (step > 0 and step % self._config.checkpoint.save_interval == 0)
-        if (due or best[0]) and step != self._saved:
-            self._write(step, position, reward if best[0] else None)
+        is_best = [self._is_best(reward)]
+        dist.broadcast_object_list(is_best, src=0)
+        best = reward if is_best[0] else None
+        if (due or is_best[0]) and step != self._saved:
+            self._write(step, position, best)
             self._saved = step
-        if last:
-            self._insist(step, position, reward if best[0] else None, self._config.checkpoint.last_save_seconds)
+        return best
 
     def _write(self, step: int, position: int, best: float | None) -> None:
         for name in sorted(self._writers):  # the critic's first: the policy's is what a start looks for
@@ -155,8 +161,8 @@ class Journal:
         if step == 0:
             logger.warning("ends before its first step; there is nothing to save")
             return
-        self.save(step, position, last=False, reward=reward, due=True)
-        self._insist(step, position, None, min(self._config.checkpoint.last_save_seconds, _NOTICE_SECONDS))
+        best = self._save(step, position, True, reward)
+        self._insist(step, position, best, min(self._config.checkpoint.last_save_seconds, _NOTICE_SECONDS))
         logger.warning("ends after step %d of %d, which is saved; the same command goes on from there", step, steps)
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from typing import NoReturn
 
 from megatron_flowrl.config import Config, SharedUserError
 from megatron_flowrl.observe.log import logger, progress
@@ -124,8 +125,7 @@ def _train(
         timers.reset()  # what follows is of the next step
         reward = evaluated.get("evaluation/reward_mean")
         if trouble is not None or ending:
-            journal.end(step, position, reward)
-            raise trouble or Interrupted("the run was asked to end")
+            _end(journal, step, position, trouble or Interrupted("the run was asked to end"), reward)
         with timers("save"):
             journal.save(step, position, last=last, reward=reward)
             rollouts.prune(journal.saved)
@@ -138,9 +138,17 @@ def _kept(journal: Journal, step: int, position: int) -> Iterator[None]:
         yield
     except LeaderStopped:
         raise
-    except SharedUserError:
-        journal.end(step, position)
-        raise
+    except SharedUserError as error:
+        _end(journal, step, position, error)
+
+
+def _end(journal: Journal, step: int, position: int, why: SharedUserError, reward: float | None = None) -> NoReturn:
+    """Save what was trained, and end for this reason; where that cannot be saved, that is said too."""
+    try:
+        journal.end(step, position, reward)
+    except SharedUserError as error:
+        raise SharedUserError(*why.problems, *error.problems) from why
+    raise why
 
 
 __all__ = ["train"]

@@ -1,6 +1,6 @@
 """A notice that the run is to end soon: SIGTERM or SIGUSR1, as a cluster gives before a time limit or a pre-emption.
 
-The end of the launcher, without which nobody would end or restart the ranks, is a notice too (on Linux).
+The end of torchrun, without which nobody would end or restart the ranks, is a notice too (on Linux).
 
 The signal's handler only remembers it; it may come to any rank, once or many times. All ranks ask together at the safe
 points of a step, and then save and end. While rank 0 waits for answers it asks by itself, and gives the answers up:
@@ -9,6 +9,7 @@ they may be long, and the weights have not changed since the last step.
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType, TracebackType
 from typing import Self
@@ -27,7 +28,9 @@ class Notice:
     """A context manager, of the main thread: the signals are handled inside. All ranks construct it together."""
 
     def __init__(self, world: World, device: torch.device) -> None:
-        self._world, self._device = world, device
+        self._device = device
+        # torchrun starts its workers from its main thread; of another parent that thread may end long before it does.
+        self._hears_of_launcher = world.under_torchrun and "TORCHELASTIC_RUN_ID" in os.environ
         self._given: signal.Signals | None = None
         self._before: dict[signal.Signals, signal._HANDLER] = {}
         self._taken = False
@@ -50,7 +53,7 @@ class Notice:
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._take) for number in SIGNALS}
-        if self._world.under_torchrun:
+        if self._hears_of_launcher:
             signal_at_parents_end(signal.SIGTERM)
             if parent_is_gone():
                 self._given = signal.SIGTERM
@@ -59,7 +62,7 @@ class Notice:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._world.under_torchrun:
+        if self._hears_of_launcher:
             signal_at_parents_end(None)
         for number, handler in self._before.items():
             signal.signal(number, handler)

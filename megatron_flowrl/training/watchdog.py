@@ -92,8 +92,9 @@ class Watchdog:
         if self._thread is None and self._hang_seconds:
             self._logs.mkdir(parents=True, exist_ok=True)
             for left in self._logs.glob(f"{_LOCKED}_*_rank_{self._world.rank}.txt"):  # of starts that were killed
-                if not left.stat().st_size:
-                    left.unlink()
+                with contextlib.suppress(OSError):
+                    if not left.stat().st_size:
+                        left.unlink()
             self._locked = (self._logs / f"{_LOCKED}_{self._word.name}_rank_{self._world.rank}.txt").open("w")
             self._arm()  # now: the thread may never come to it
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)

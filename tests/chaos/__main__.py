@@ -20,11 +20,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_flowrl.platform.atomic import write_file
-from tests.chaos.episode import STEPS, Run, as_record, command, differences, leftovers
+from tests.chaos.episode import STEPS, Run, command, differences, leftovers
 from tests.tiny_tasks import save_task
 from tests.training.recorded import write_records
 
@@ -79,7 +80,7 @@ def episode(run: Run, most: int) -> tuple[list[dict[str, Any]], list[str]]:
         if kill.ended:
             run.start()
             kill.problems += run.check_start(kill.checkpoint)
-        done.append(as_record(kill))
+        done.append(asdict(kill))
         print(f"  {kill}", flush=True)
         if kill.problems:
             break

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,6 @@ class Run:
     def running(self) -> bool:
         """Whether the launcher is."""
         return self._process is not None and self._process.poll() is None
-
-    def succeeded(self) -> bool:
-        """Whether it has ended, and well."""
-        return self._process is not None and self._process.poll() == 0
 
     def output(self) -> str:
         """Of this start."""
@@ -260,9 +256,4 @@ def _state_of(run: Path) -> dict[str, torch.Tensor]:
     return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
 
 
-def as_record(kill: Kill) -> dict[str, Any]:
-    """For the results."""
-    return asdict(kill)
-
-
-__all__ = ["STEPS", "Kill", "Run", "as_record", "damages", "differences", "leftovers"]
+__all__ = ["STEPS", "Kill", "Run", "damages", "differences", "leftovers"]

@@ -437,6 +437,26 @@ def test_a_writer_that_hangs(
     _only_good_checkpoints(training, tmp_path / "run", [1, 2])
 
 
+def test_a_writer_that_does_not_even_end(
+    training: Training, tmp_path: Path, said: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that waits for a disk: it is left alone, and what it says in the end disturbs nobody."""
+    assert training.writer is not None
+    limited = replace(training.config.checkpoint, write_timeout_seconds=0.5)
+    write, left = writer._write_and_record, []
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_END_SECONDS", 0.5)
+        patch.setattr(writer, "_write_and_record", lambda *given: (time.sleep(4), write(*given)))
+        patch.setattr("multiprocessing.process.BaseProcess.kill", lambda process: left.append(process))
+        patch.setattr(training.writer, "_config", replace(training.config, checkpoint=limited))
+        _save_in_trouble(training, said, "look at the disk, or raise it; a writer does not end")
+    assert CheckpointFolder(tmp_path / "run").steps() == [1]
+    left[0].join()  # it has written all, and reported it
+    training.save()
+    training.wait()
+    assert CheckpointFolder(tmp_path / "run").steps() == [1, 2] and training.writer.last_saved == 2
+
+
 def test_what_an_earlier_run_left_half_written_is_swept(model: str, root: Path) -> None:
     (root / ".step_00000004.partial-dead").mkdir()
     (root / ".latest.partial-1").touch()

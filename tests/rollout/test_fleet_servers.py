@@ -126,8 +126,7 @@ def test_a_server_of_others_that_comes_back_waits_for_weights(stub: Any, make_fl
     try:
         assert servers.wait_for_running(10.0)
         assert generation.next(timeout=10.0) is None  # says so to whoever waits for answers
-        assert generation.next(timeout=0.1) is None
-        assert [body["token_ids"] for body in after.asked] == [[1]]  # whether it makes a token
+        assert generation.next(timeout=0.1) is None and after.asked == []
         assert [control.url for control in servers.stale()] == [after.url]
         give(servers, "1")
         came = answers(generation)
