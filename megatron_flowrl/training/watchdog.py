@@ -1,15 +1,15 @@
 """Notices a rank that makes no progress, says where every rank stands, and ends the run for a cluster to start anew.
 
-Watched are a step's passes and updates, from `step` to `done`: what waits for servers, graders or disks has time limits
-of its own. A thread on each rank looks once a second whether the rank has given a sign of progress: a micro-batch
-(`sign`), a pass or an update (`beat`). Where there is none for run.hang_seconds, or the step takes run.slow_step_factor
+A process that stands still as a whole is seen by another rank, at any time (training/liveness.py). Otherwise a step's
+passes and updates are watched, from `step` to `done`: what waits for servers, graders or disks has time limits of its
+own. A thread on each rank looks once a second whether the rank has given a sign of progress: a micro-batch (`sign`), a
+pass or an update (`beat`). Where there is none for run.hang_seconds, or the step takes run.slow_step_factor
 times the median of those before, it leaves word in the run's folder; all ranks, who look there, write the stacks of
 their threads beside it. The ranks that are behind the others, or wait for nobody, are named, and the process ends,
 which has its launcher end the others.
 
 It may take four times run.hang_seconds in the first step, in which libraries compile and connect; and, where a rank
-waits for the others at the end of a pass, almost as long as a collective may: a rank that hangs says so itself, unless
-its whole process or its node stands still.
+waits for the others at the end of a pass, almost as long as a collective may: a rank that hangs says so itself.
 
 Where a library holds the interpreter's lock, the thread cannot run: then faulthandler's own, which needs none, writes
 the stacks and ends the process.
@@ -35,6 +35,7 @@ import torch.distributed as dist
 
 from megatron_flowrl.observe.log import logger
 from megatron_flowrl.platform.distributed import World
+from megatron_flowrl.training.liveness import Liveness
 
 EXIT_STATUS = 70
 """Of a process that was ended (EX_SOFTWARE of sysexits.h)."""
@@ -42,7 +43,7 @@ EXIT_STATUS = 70
 _LOOK_SECONDS = 1.0
 _LOOK_AT_WORD_SECONDS = 5.0
 _FOR_OTHERS_SECONDS = 20.0  # to write where they stand
-_LOCKED_SECONDS = 100.0  # without the interpreter's lock
+_LOCKED_SECONDS = 50.0  # without the interpreter's lock
 _SUSPENDED_SECONDS = 30.0  # between two looks
 _FASTEST_SECONDS = 60.0  # a step that is shorter is never too slow
 _FIRST_FACTOR = 4.0  # more time for the first step
@@ -65,6 +66,7 @@ class Watchdog:
         self._slow_step_factor, self._waiting = slow_step_factor, False
         self._world, self._logs = world, logs
         self._word = logs / f"{_WORD}_{start[0]}"
+        self._liveness = Liveness(world, self._word.name)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._main = threading.get_ident()
@@ -100,6 +102,7 @@ class Watchdog:
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
             threading.Thread(target=self._look, name="watchdog's word", daemon=True).start()
+            self._liveness.start()
 
     def done(self, trained: bool = True) -> None:
         """They are over. `trained`: whether there was anything to do, which else says nothing of a step's time."""
@@ -130,8 +133,9 @@ class Watchdog:
             now = time.monotonic()
             if now - before > _SUSPENDED_SECONDS:  # this process, or its machine, was suspended
                 self._last = now
+                self._liveness.forgive()
             before = now
-            trouble = self.trouble(now)
+            trouble = self.trouble(now) or self._liveness.trouble(now)
             if trouble is not None and self._tell(trouble):
                 self._end()
 
@@ -208,6 +212,7 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stop.set()
+        self._liveness.close()
         if self._thread is not None:
             self._thread.join(2 * _LOOK_SECONDS)
             faulthandler.cancel_dump_traceback_later()

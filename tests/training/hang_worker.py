@@ -1,8 +1,10 @@
-"""Two ranks under a watchdog, of which the second stops: in Python, or where the interpreter's lock is held."""
+"""Two ranks under a watchdog, of which the second stops: in Python, with the interpreter's lock held, or as a whole."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch.distributed as dist
 from megatron_flowrl.config import LoggingConfig
 from megatron_flowrl.observe.log import configure_logging
 from megatron_flowrl.platform.distributed import read_world
-from megatron_flowrl.training import watchdog
+from megatron_flowrl.training import liveness, watchdog
 
 
 def stands_still() -> None:
@@ -25,11 +27,17 @@ def main(logs: Path, how: str) -> None:
     """Step after step; in the fifth rank 1 hangs."""
     if how == "locked":
         watchdog._LOCKED_SECONDS = 8.0
+    if how == "stopped":
+        liveness._SAY_SECONDS, liveness._SILENT_SECONDS, watchdog._FOR_OTHERS_SECONDS = 0.5, 8.0, 3.0
     dist.init_process_group("gloo")
     world = read_world()
     configure_logging(LoggingConfig(), world.rank)
     with watchdog.Watchdog(10.0, 10.0, 10.0, world, logs) as watch:
         for step in range(10):
+            if step == 4 and how == "stopped":  # between two steps
+                if world.rank == 1:
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                stands_still()
             watch.step()
             watch.beat("update")
             if step == 4 and world.rank == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,16 @@ def test_a_rank_that_stands_still(tmp_path: Path) -> None:
     found = {file.stem: json.loads(file.read_text()) for file in word.glob("*.json")}
     assert found["rank_0"]["collective"] == "all_reduce" and found["rank_1"]["collective"] is None
     assert "stands_still" in (word / "rank_1.txt").read_text() and "all_reduce" in (word / "rank_0.txt").read_text()
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(200)
+def test_a_rank_that_is_stopped_between_steps(tmp_path: Path) -> None:
+    done = run_module("tests.training.hang_worker", [str(tmp_path), "stopped"], 2, timeout=150)
+    assert done.returncode != 0
+    assert re.search(r"rank 0 on \S+: rank 1 on \S+ has given no sign of life for [89] s", done.stdout)
+    assert "rank 1 has written nothing: it, or its node, is gone or cannot run" in done.stdout
+    assert "stands_still" in next(tmp_path.glob("hang_*/rank_0.txt")).read_text()
 
 
 @pytest.mark.distributed
