@@ -109,7 +109,7 @@ def _parallel_model(config: Config, world: World, check_output: Callable[[], Non
         data_parallel_size(config.parallel, world.size)
     platform = current_platform(world.local_rank)
     check_platform(config, platform)
-    logger.info(platform.describe())
+    logger.info(platform.describe(config.precision.fp8))
     with process_groups(world, config.parallel, platform, config.seed):
         with together():
             if world.rank == 0:  # the one that makes the folder

@@ -100,7 +100,7 @@ class DistributedDataParallelConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class PrecisionConfig:
-    """Number formats of weights and matrix products. FP8 goes through Transformer Engine."""
+    """Number formats of weights and matrix products. FP8 is Transformer Engine's on a GPU, and emulated on a CPU."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Format of weights and activations."""

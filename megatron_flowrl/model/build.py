@@ -63,6 +63,7 @@ def build_parallel_model(
         module = build_language_model(
             architecture,
             settings,
+            config.precision,
             platform,
             padded_vocab=vocab,
             vp_stage=stage,

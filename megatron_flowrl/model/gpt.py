@@ -16,6 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_flowrl.config import PrecisionConfig
 from megatron_flowrl.model.architecture import Architecture
 from megatron_flowrl.model.layer_specs import decoder_spec
 from megatron_flowrl.model.partition_function import LogZRequest, PartitionFunction, prompt_log_z
@@ -181,6 +182,7 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: 
 def build_language_model(
     architecture: Architecture,
     config: TransformerConfig,
+    precision: PrecisionConfig,
     platform: Platform,
     *,
     padded_vocab: int,
@@ -192,7 +194,7 @@ def build_language_model(
     stage = {"vp_stage": vp_stage, "ignore_virtual": vp_stage is None}
     model = LanguageModel(
         config=config,
-        transformer_layer_spec=decoder_spec(config, platform, vp_stage),
+        transformer_layer_spec=decoder_spec(config, precision, platform, vp_stage),
         vocab_size=padded_vocab,
         max_sequence_length=architecture.max_sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(**stage),

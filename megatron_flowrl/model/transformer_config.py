@@ -43,7 +43,7 @@ def transformer_config(architecture: Architecture, config: Config, platform: Pla
         calculate_per_token_loss=True,
         perform_initialization=False,
         **_parallel(config, dtype),
-        **_fp8(config),
+        **(_fp8(config) if platform.is_cuda else {}),  # elsewhere FP8 is in our layers, of which Megatron knows nothing
         **_recompute(config),
         **_platform(config, platform),
     )

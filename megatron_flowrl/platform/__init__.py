@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -46,14 +47,15 @@ class Platform:
         """The GPU's name; None on a CPU."""
         return torch.cuda.get_device_name(self.device) if self.is_cuda else None
 
-    def describe(self) -> str:
+    def describe(self, fp8: str | None = None) -> str:
         """One line for the start of a run: which implementation of each part is active."""
         lib = self.libraries
         engine = f" {lib.transformer_engine}" if self.is_cuda else ""
+        emulated = ", FP8 emulated (its numbers, not its speed)" if fp8 and not self.is_cuda else ""
         adam = f"{lib.fused_adam} FusedAdam" if self.is_cuda and lib.fused_adam else "torch AdamW"
         return (
             f"{self.device.type} ({self.backend}), torch {lib.torch}, Megatron-Core {lib.megatron_core}, "
-            f"layers {self.layers}{engine}, optimizer {adam}, "
+            f"layers {self.layers}{engine}{emulated}, optimizer {adam}, "
             f"fused weight gradient {self.gradient_accumulation_fusion or 'off'}"
         )
 
@@ -100,16 +102,33 @@ def check_platform(config: Config, platform: Platform) -> None:
     if config.precision.fp8 is None:
         return
     if not platform.is_cuda:
-        raise UserError(
-            f"precision.fp8 = {config.precision.fp8!r} needs Transformer Engine on a GPU; this machine runs on the "
-            "CPU: leave precision.fp8 out (precision.dtype=bfloat16 or float32)"
-        )
+        problems = list(_fp8_emulation(config))
+        if problems:
+            raise UserError(*problems)
+        return
     needed = {"mxfp8": (10, 0), "blockwise": (9, 0)}.get(config.precision.fp8_recipe, (8, 9))
     have = torch.cuda.get_device_capability(platform.device)
     if have < needed:
         raise UserError(
             f"precision.fp8_recipe = {config.precision.fp8_recipe!r} needs a GPU of compute capability "
             f"{needed[0]}.{needed[1]} or newer; this one has {have[0]}.{have[1]}"
+        )
+
+
+def _fp8_emulation(config: Config) -> Iterator[str]:
+    precision, recompute = config.precision, config.recompute
+    if precision.fp8_param_gather:
+        yield (
+            "precision.fp8_param_gather = true needs Transformer Engine on a GPU; on this CPU FP8 is emulated, with "
+            "weights in bfloat16: set precision.fp8_param_gather=false"
+        )
+    again = recompute.recompute_granularity == "full" or (
+        recompute.recompute_granularity == "selective" and "mlp" in recompute.recompute_modules
+    )
+    if precision.fp8_recipe == "delayed" and again:
+        yield (
+            "precision.fp8_recipe = delayed does not go with recomputed linear layers on this CPU: FP8 is emulated, "
+            "and a second pass would move the scales: set recompute.recompute_granularity=null, or another recipe"
         )
 
 

@@ -50,7 +50,7 @@ def prepared(config: Config, world: World) -> Iterator[Session]:
         replicas = data_parallel_size(config.parallel, world.size)
     platform = current_platform(world.local_rank)
     check_platform(config, platform)
-    logger.info(platform.describe())
+    logger.info(platform.describe(config.precision.fp8))
     with process_groups(world, config.parallel, platform, config.seed):
         yield Session(config, world, folder, replicas, platform)
 

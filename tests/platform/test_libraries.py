@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_flowrl.config import Config, PrecisionConfig, UserError
+from megatron_flowrl.config import Config, PrecisionConfig, RecomputeConfig, UserError
 from megatron_flowrl.platform import Libraries, Platform, check_platform, current_platform
 from megatron_flowrl.platform.libraries import check_megatron_version, find_libraries
 
@@ -163,10 +163,26 @@ def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.Monke
         current_platform.__wrapped__(2)
 
 
-@pytest.mark.parametrize("fp8", ["e4m3", "hybrid"])
-def test_fp8_on_a_cpu_is_refused(fp8: Any) -> None:
-    with pytest.raises(UserError, match=f"precision.fp8 = '{fp8}' needs .* a GPU; this machine runs on the CPU"):
-        check_platform(Config(precision=PrecisionConfig(fp8=fp8)), CPU)
+def test_fp8_on_a_cpu_is_emulated_and_says_so() -> None:
+    precision = PrecisionConfig(fp8="hybrid")
+    check_platform(Config(precision=precision), CPU)
+    assert "FP8 emulated" in CPU.describe("hybrid") and "FP8" not in CPU.describe() + GPU.describe("hybrid")
+
+
+def test_what_the_emulation_cannot_do_is_refused() -> None:
+    gathered = PrecisionConfig(fp8="hybrid", fp8_param_gather=True)
+    with pytest.raises(UserError, match=r"precision.fp8_param_gather = true needs Transformer Engine on a GPU"):
+        check_platform(Config(precision=gathered), CPU)
+    delayed = PrecisionConfig(fp8="hybrid", fp8_recipe="delayed")
+    again = (
+        RecomputeConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+        RecomputeConfig(recompute_granularity="selective", recompute_modules=("core_attn", "mlp")),
+    )
+    for recompute in again:
+        with pytest.raises(UserError, match=r"fp8_recipe = delayed does not go with recomputed linear layers"):
+            check_platform(Config(precision=delayed, recompute=recompute), CPU)
+        check_platform(Config(precision=replace(delayed, fp8_recipe="blockwise"), recompute=recompute), CPU)
+    check_platform(Config(precision=delayed, recompute=RecomputeConfig(recompute_granularity="selective")), CPU)
 
 
 def test_without_fp8_any_machine_will_do() -> None:

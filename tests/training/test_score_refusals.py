@@ -83,9 +83,9 @@ def test_odd_input_is_refused(name: str, command: Command, run: Run) -> None:
 
 @pytest.mark.usefixtures("no_model_is_built")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine may have FP8")
-def test_fp8_is_refused_on_the_cpu(command: Command, run: Run) -> None:
-    command.overrides = ["precision.fp8=hybrid"]
-    refused(BadInput(lambda _: None, ("precision.fp8 = ", "hybrid", "GPU", "precision.dtype")), command, run)
+def test_fp8_weights_are_refused_on_the_cpu(command: Command, run: Run) -> None:
+    command.overrides = ["precision.dtype=bfloat16", "precision.fp8=hybrid", "precision.fp8_param_gather=true"]
+    refused(BadInput(lambda _: None, ("precision.fp8_param_gather = true", "GPU", "emulated")), command, run)
 
 
 def test_a_name_too_long_is_refused_before_the_work(no_model_is_built: None, run: Run, command: Command) -> None:
