@@ -1,6 +1,6 @@
 """The demo: a model from nothing, a warm start, FlowRL through vLLM, and a report.
 
-    python -m examples.countdown.demo [--folder runs/demo]
+    python -m examples.countdown.demo [--folder runs/demo] [--fp8 blockwise]
 
 About thirteen minutes on two cores. Whatever was cut off goes on from there when it is started again.
 """
@@ -17,6 +17,7 @@ from examples.countdown import commands
 from examples.countdown.methods import METHODS
 
 FLOWRL = METHODS["flowrl_exact"]
+RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
 _SHOWN = ("accuracy", "distinct_correct", "coverage")
 _MINUTES = {"prepare": 0.5, "warm start": 9.0, "FlowRL": 3.2, "report": 0.2}  # measured on two cores
 
@@ -24,12 +25,17 @@ _MINUTES = {"prepare": 0.5, "warm start": 9.0, "FlowRL": 3.2, "report": 0.2}  # 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"))
-    folder: Path = parser.parse_args().folder.absolute()
+    parser.add_argument(
+        "--fp8", choices=RECIPES, help="FlowRL with layers in FP8 by this recipe; on a CPU it is emulated, and slower"
+    )
+    given = parser.parse_args()
+    folder: Path = given.folder.absolute()
+    precision = () if given.fp8 is None else fp8(given.fp8)
     data, start = folder / "data", folder / "warm_start"
     stages: dict[str, Callable[[], None]] = {
         "prepare": lambda: commands.prepare(data),
         "warm start": lambda: commands.warm_start(data, start),
-        "FlowRL": lambda: commands.train(data, start, folder, "test", *FLOWRL),
+        "FlowRL": lambda: commands.train(data, start, folder, "test", *FLOWRL, *precision),
         "report": lambda: commands.report([folder], folder / "report.html"),
     }
     began = time.monotonic()
@@ -39,6 +45,12 @@ def main() -> None:
         print(f"\n[{number}/{len(stages)}] {name}; {took:.1f} min over, about {left:.0f} min left", flush=True)
         stage()
     print(f"\n{summary(folder)}\n{folder / 'report.html'} has all of it; {(time.monotonic() - began) / 60:.1f} minutes")
+
+
+def fp8(recipe: str) -> tuple[str, ...]:
+    """Settings: gradients in e5m2, as fits scales of whole tensors, or, by blocks, all in e4m3."""
+    form = "hybrid" if recipe in ("tensorwise", "delayed") else "e4m3"
+    return "precision.dtype=bfloat16", f"precision.fp8={form}", f"precision.fp8_recipe={recipe}"
 
 
 def summary(folder: Path) -> str:

@@ -60,6 +60,8 @@ FP8 = {
     ],
 }
 
+EMULATED = [name for name, settings in FP8.items() if "precision.fp8_param_gather=true" not in settings]
+
 
 @dataclass(frozen=True)
 class Made:
@@ -127,6 +129,7 @@ def cpu_jobs(folder: Path) -> dict[str, list[str]]:
     fp32 = ["precision.dtype=float32"]
     jobs = {f"cpu_{name}": score(folder, name, f"cpu_{name}", fp32) for name in MODELS}
     jobs |= {f"cpu_{name}_bfloat16": score(folder, name, f"cpu_{name}_bfloat16", BF16) for name in MODELS}
+    jobs |= {f"cpu_{name}": score(folder, "qwen2", f"cpu_{name}", FP8[name]) for name in EMULATED}
     jobs["cpu_train"] = train(folder, "cpu_train", fp32)
     return jobs
 
@@ -166,4 +169,4 @@ def run_jobs(folder: Path, jobs: dict[str, dict[str, list[str]]]) -> dict[str, d
     return outcomes
 
 
-__all__ = ["FP8", "GPU", "MODELS", "RESUMED", "STEPS", "Made"]
+__all__ = ["EMULATED", "FP8", "GPU", "MODELS", "RESUMED", "STEPS", "Made"]
