@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the demo
 
 from examples.countdown import commands
 from megatron_flowrl.checkpoint.load import load_weights
+from megatron_flowrl.checkpoint.locate import locate_model
 from megatron_flowrl.checkpoint.sources import open_source
 from megatron_flowrl.config import Config, check_config, load_config
 from megatron_flowrl.data.batch import PackedBatch, TokenSequence
@@ -114,7 +115,7 @@ def answers(folder: Path, count: int) -> list[TokenSequence]:
 def measure(policy: Path, reference: Path, settings: list[str], sequences: list[TokenSequence]) -> Found:
     """Log-probs of both, then the gradient; scales that have a history have settled before."""
     config, earlier = (_config(path, settings) for path in (policy, reference))
-    platform, architecture = current_platform(), read_architecture(policy)
+    platform, architecture = current_platform(), read_architecture(locate_model(str(policy)).hugging_face)
     check_platform(config, platform)
     packing = plan([len(s) for s in sequences], packing_rules(config, architecture, 1))
     batches = local_batches(sequences, packing, 0, platform.device)
@@ -235,7 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="what was made by an earlier call, or is to be kept")
     parser.add_argument("--steps", type=int, default=600, help="of supervised training (default: 600)")
-    parser.add_argument("--answers", type=int, default=1000, help="default: 1000")
+    parser.add_argument("--answers", type=int, default=400, help="default: 400")
     parser.add_argument("--plot", type=Path, metavar="PNG")
     given = parser.parse_args()
     if given.steps < 200 or given.answers < 1:
