@@ -5,7 +5,7 @@ VENV ?= .venv
 VENV_LATEST ?= .venv-latest
 VENV_TRL ?= .venv-trl
 # Most tests keep one core busy, and their ranks and servers start slowly. ARGS="-n 0" runs them one by one.
-TWO_AT_ONCE := -n 2 --dist loadfile
+TWO_AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
 REQUIREMENTS := requirements/cpu.txt requirements/dev.txt
 
 .PHONY: install demo compare test test-latest lint bench bench-trl figure1 clean

@@ -18,6 +18,16 @@ VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: where two run at once, the last one to end is then a short one."""
+    slow = {item.path for item in items if item.get_closest_marker("distributed") is not None}
+
+    def place(item: pytest.Item) -> int:
+        return 0 if {"slurm", "end_to_end"} & {*item.path.parts} else 1 if item.path in slow else 2
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="module")
 def one_rank_platform() -> Iterator[Platform]:
     """This process's platform, with Megatron's process groups of one rank; all of it is gone after the module."""
