@@ -91,7 +91,8 @@ class Stragglers:
         all_ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(all_ranks, own)
         standings = [Standing(*one.tolist()) for one in all_ranks]
-        for line in self._history.add(standings, elapsed):
+        lines = self._history.add(standings, elapsed)
+        for line in lines if dist.get_rank() == 0 else ():  # all ranks find the same
             logger.warning("%s", line)
         probes = [one.probe for one in standings]
         return {

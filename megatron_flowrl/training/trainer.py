@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_flowrl.checkpoint.load import load_weights
@@ -57,7 +58,8 @@ class Trainer:
         data_parallel_size: int,
     ) -> None:
         needs = objective.needs
-        if config.precision.fp8 is not None and config.precision.fp8_recipe == "delayed":
+        delayed = config.precision.fp8 is not None and config.precision.fp8_recipe == "delayed"
+        if delayed and dist.get_rank() == 0:
             logger.warning(
                 "precision.fp8_recipe = delayed: a pass takes its scales from those before it, so that the same "
                 "weights give other log-probs each time: on-policy importance weights of up to 3 were seen, in the "
