@@ -214,8 +214,23 @@ def _rollout(config: Config) -> Iterator[str]:
         )
     if rollout.transfer != "disk":
         yield from _idle(config, _read_only_with("rollout.transfer", "disk", config), "rollout.transfer_folder")
+    if rollout.replay is not None:  # what describes the sampler may stay: a recipe is replayed as it is
+        yield from _idle(
+            config,
+            "has no effect with rollout.replay, which starts and asks no server; leave one of the two out",
+            "rollout.hang_seconds",
+            "rollout.max_restarts",
+            "generation.urls",
+        )
+    if rollout.quantization is not None and rollout.dtype == "float32":
+        yield (
+            f"rollout.quantization = {rollout.quantization} needs rollout.dtype=bfloat16, which is float32; set it, "
+            "or set rollout.quantization=null"
+        )
     if config.generation.urls:
-        names = ("servers", "tensor_parallel_size", "host", "first_port", "first_gpu", "cpu_kv_cache_gib")
+        names = (
+            "servers", "tensor_parallel_size", "host", "first_port", "first_gpu", "cpu_kv_cache_gib", "quantization",
+        )  # fmt: skip
         yield from _idle(
             config,
             "has no effect while generation.urls names servers that run already; leave one of the two out",

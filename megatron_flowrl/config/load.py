@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from .errors import UserError
 from .keys import KEYS, SECTIONS, nearest_key
 from .presets import defaults_of
-from .recipe import Setting, dump_yaml, read_overrides, read_recipe
+from .recipe import BASE, Setting, dump_yaml, read_overrides, read_recipe
 from .schema import Config
 
 _CONFIG: TypeAdapter[Config] = TypeAdapter(Config)
@@ -23,7 +23,8 @@ def load_config(
     sections: Collection[str] | None = None,
     command: str = "this command",
 ) -> Config:
-    """The defaults, changed by the YAML file `recipe`, then by `overrides` such as `optimizer.lr=1e-6`.
+    """The defaults, changed by the YAML file `recipe` and those it is layered on, then by `overrides` such as
+    `optimizer.lr=1e-6`.
 
     `objective.preset` and `objective.name` set the defaults of some (presets.py).
 
@@ -98,6 +99,8 @@ def _validated(setting: Setting) -> Any:
 
 
 def _why_unknown(name: str) -> str:
+    if name == BASE:
+        return f"{BASE} is a recipe's: write it in the file that is layered on another"
     parts = name.split(".")
     for parent in (".".join(parts[:depth]) for depth in range(1, len(parts))):
         if parent in KEYS:

@@ -2,6 +2,9 @@
 
 Scalars follow YAML 1.2 (its core schema, less octal and hexadecimal numbers): `1e-6` is a float, while `off`,
 `1:30`, `012` and `2024-01-01` stay text, which PyYAML's YAML 1.1 would turn into something else unasked.
+
+A recipe may be layered on another, `base: other.yaml` (a path seen from its own folder), which may have a base too.
+What the upper one gives holds: a value, a list, or null takes the place of what is below it, key by key.
 """
 
 import os
@@ -13,6 +16,9 @@ from typing import Any
 import yaml
 
 from .keys import KEYS, SECTIONS
+
+BASE = "base"
+"""The key of a recipe, not of the schema, that names the recipe it is layered on."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,36 @@ class Setting:
 
 
 def read_recipe(path: str | os.PathLike[str], problems: list[str]) -> list[Setting]:
-    """The settings of a YAML file; what cannot be read is added to `problems`, with its line."""
-    file = os.fspath(path)
+    """The settings of a YAML file, after those of the recipes it is layered on; later ones hold.
+
+    What cannot be read is added to `problems`, with its line.
+    """
+    return _layers(os.fspath(path), problems, ())
+
+
+def _layers(file: str, problems: list[str], above: tuple[str, ...]) -> list[Setting]:
+    """`above` are the recipes that are layered on this one, the uppermost first."""
+    settings, below = [], []
+    for setting in _read_file(file, problems):
+        if setting.key != BASE:
+            settings.append(setting)
+            continue
+        base = setting.value
+        written = f"{setting.source}: {BASE} = {setting.text}"
+        if not isinstance(base, str) or not base:
+            problems.append(f"{written}: must be the path of a recipe, seen from this one's folder")
+            continue
+        base, chain = os.path.join(os.path.dirname(file), base), (*above, file)
+        if os.path.realpath(base) in map(os.path.realpath, chain):
+            problems.append(f"{written}: these recipes are layered in a circle: {' -> '.join((*chain, base))}")
+            continue
+        found: list[str] = []
+        below = _layers(base, found, chain)
+        problems += found if os.path.isfile(base) else [f"{written}: {problem}" for problem in found]
+    return [*below, *settings]
+
+
+def _read_file(file: str, problems: list[str]) -> list[Setting]:
     try:
         with open(file, "rb") as stream:
             text = stream.read().decode()
@@ -121,7 +155,7 @@ class _Walk:
 
     def _enters(self, key: str, node: yaml.MappingNode) -> bool:
         # An unknown section at the top is entered too, so that each of its keys can be told its right place.
-        return key in SECTIONS or ("." not in key and key not in KEYS and bool(node.value))
+        return key in SECTIONS or ("." not in key and key not in KEYS and key != BASE and bool(node.value))
 
 
 class _Loader(yaml.SafeLoader):

@@ -252,6 +252,11 @@ class RolloutConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Format of the sampler's weights and activations. On a CPU, float32: bfloat16 may end a worker there."""
 
+    # vLLM's names. Both are made from the bfloat16 weights of every update, layer by layer, as these arrive.
+    quantization: Literal["fp8_per_tensor", "fp8_per_block"] | None = None
+    """Matrix products in FP8, on GPUs: a scale for each weight, or for each 128 x 128 of its numbers (and 128 of an
+    activation's). null: in dtype."""
+
     max_model_len: PositiveInt | None = None
     """Longest prompt and answer together, in tokens. null: the model's own limit."""
 

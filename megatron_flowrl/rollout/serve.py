@@ -60,6 +60,11 @@ def make_servers(config: Config, model: Path, logs: Path, *, random_weights: boo
         raise UserError(
             f"rollout.max_model_len = {wanted} is above the model's limit of {architecture.max_sequence_length} tokens"
         )
+    if rollout.quantization is not None and not visible_gpus():
+        raise UserError(
+            f"rollout.quantization = {rollout.quantization} needs GPUs, and this machine shows none; set "
+            "rollout.quantization=null"
+        )
     transfer = transfer_backend(config)
     return [
         VllmServer(

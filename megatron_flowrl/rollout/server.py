@@ -138,6 +138,8 @@ class VllmServer:
             "--enable-scale-out", "--max-num-seqs", str(settings.max_num_seqs), "--disable-uvicorn-access-log",
             "--seed", str((self._seed + self._starts) % 2**31),
         ]  # fmt: skip
+        if settings.quantization is not None:
+            command += ["--quantization", settings.quantization]
         if self._transfer is not None:
             command += ["--weight-transfer-config", json.dumps({"backend": self._transfer})]
         if self._random_weights:

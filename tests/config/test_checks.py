@@ -88,6 +88,11 @@ BAD = [
     (["rollout.transfer_folder=x"], "rollout.transfer_folder = x", "rollout.transfer=disk"),
     ([URLS, "rollout.servers=2"], "rollout.servers = 2", "generation.urls names servers that run already"),
     ([URLS, "rollout.first_port=8000"], "rollout.first_port = 8000", "generation.urls names servers"),
+    ([URLS, "rollout.quantization=fp8_per_block"], "rollout.quantization = fp8_per_block", "generation.urls names"),
+    (["rollout.quantization=fp8_per_tensor", "rollout.dtype=float32"], "quantization = fp8_per_tensor", "bfloat16"),
+    (["rollout.replay=x", "rollout.hang_seconds=60"], "rollout.hang_seconds = 60.0 has no effect", "rollout.replay"),
+    (["rollout.replay=x", "rollout.max_restarts=0"], "rollout.max_restarts = 0 has no effect", "rollout.replay"),
+    (["rollout.replay=x", URLS], "generation.urls = ", "with rollout.replay"),
     (["generation.urls=[localhost]"], "'localhost' is not an address", "http://127.0.0.1:8000"),
     (
         ["generation.urls=[http://a:1,http://a:1]"],

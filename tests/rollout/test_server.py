@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -16,11 +17,13 @@ from typing import Any
 
 import pytest
 
-from megatron_flowrl.config import RolloutConfig
+from megatron_flowrl.config import RolloutConfig, UserError, load_config
 from megatron_flowrl.rollout import server as server_module
 from megatron_flowrl.rollout.guard import session_members
+from megatron_flowrl.rollout.serve import make_servers
 from megatron_flowrl.rollout.server import ServerError, VllmServer, hold_port, server_environment
 from tests.distributed.ranks import REPOSITORY
+from tests.tiny_models import save_model
 
 FAKE = Path(__file__).parent / "fake_server.py"
 SETTINGS = RolloutConfig(start_timeout_seconds=30.0)
@@ -255,6 +258,22 @@ def test_settings_reach_the_command_line(tmp_path: Path) -> None:
     assert pairs["--tensor-parallel-size"] == "2" and pairs["--dtype"] == "float32"
     assert pairs["--max-model-len"] == "128" and pairs["--port"] == "4321"
     assert pairs["--model"] == str(tmp_path / "model") and command[-1] == "--enforce-eager"
+
+
+def test_quantization_reaches_the_command_line_under_a_name_that_vllm_has(tmp_path: Path) -> None:
+    vllm = importlib.util.find_spec("vllm")
+    assert vllm is not None and vllm.origin is not None
+    known = (Path(vllm.origin).parent / "model_executor" / "layers" / "quantization" / "__init__.py").read_text()
+    for name in ("fp8_per_tensor", "fp8_per_block"):
+        server = VllmServer(RolloutConfig(quantization=name), tmp_path / "model", tmp_path / "log", port=4321)
+        assert dict(itertools.pairwise(server.command()))["--quantization"] == name and f'"{name}"' in known
+    assert "--quantization" not in VllmServer(RolloutConfig(), tmp_path, tmp_path / "log", port=4321).command()
+
+
+def test_quantization_is_refused_without_gpus(tmp_path: Path) -> None:
+    config = load_config(None, [f"model.path={tmp_path}", "rollout.quantization=fp8_per_block"])
+    with pytest.raises(UserError, match=r"rollout\.quantization = fp8_per_block needs GPUs"):
+        make_servers(config, save_model("qwen2", tmp_path), tmp_path / "logs")
 
 
 def test_members_of_a_session() -> None:

@@ -121,7 +121,8 @@ def test_a_cancelled_job_does_not_come_back(cluster: Cluster, stub: dict[str, st
 
 def test_nodes_that_serve(cluster: Cluster, stub: dict[str, str], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    job = sbatch(cluster, stub, run, "--nodes=2", steps=2, more=["rollout.servers=8"], FLOWRL_SAMPLER_NODES="1")
+    described = ["rollout.servers=8", "rollout.quantization=fp8_per_block"]
+    job = sbatch(cluster, stub, run, "--nodes=2", steps=2, more=described, FLOWRL_SAMPLER_NODES="1")
     ends(cluster, run, job)
     serving, training = sorted(starts(run), key=lambda one: str(one["kind"]))
     assert (serving["node"], training["node"]) == ("node2", "node1")
