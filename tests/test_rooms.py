@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "megatron_flowrl"
 CELLS = (
     ("__main__",),
+    ("dry_run",),
     ("cli",),
     ("planning", "training"),
     ("evaluation",),

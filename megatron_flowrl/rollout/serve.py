@@ -12,8 +12,8 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_flowrl.checkpoint.locate import locate_model
-from megatron_flowrl.config import Config, UserError
-from megatron_flowrl.model.architecture import read_architecture
+from megatron_flowrl.config import Config, RolloutConfig, UserError
+from megatron_flowrl.model.architecture import Architecture, read_architecture
 from megatron_flowrl.observe.log import logger
 from megatron_flowrl.rollout.errors import ServerError
 from megatron_flowrl.rollout.server import VllmServer, resources, visible_gpus
@@ -49,17 +49,7 @@ def make_servers(config: Config, model: Path, logs: Path, *, random_weights: boo
     Raises UserError for a model they cannot serve, or what this machine does not have.
     """
     rollout = config.rollout
-    architecture = read_architecture(model)
-    if architecture.num_attention_heads % rollout.tensor_parallel_size:
-        raise UserError(
-            f"rollout.tensor_parallel_size = {rollout.tensor_parallel_size} does not divide the model's "
-            f"num_attention_heads = {architecture.num_attention_heads}"
-        )
-    wanted = rollout.max_model_len
-    if wanted is not None and wanted > architecture.max_sequence_length:
-        raise UserError(
-            f"rollout.max_model_len = {wanted} is above the model's limit of {architecture.max_sequence_length} tokens"
-        )
+    check_servable(read_architecture(model), rollout)
     if rollout.quantization is not None and not visible_gpus():
         raise UserError(
             f"rollout.quantization = {rollout.quantization} needs GPUs, and this machine shows none; set "
@@ -79,6 +69,20 @@ def make_servers(config: Config, model: Path, logs: Path, *, random_weights: boo
         )
         for index, share in enumerate(resources(rollout, os.environ, visible_gpus()))
     ]
+
+
+def check_servable(architecture: Architecture, rollout: RolloutConfig) -> None:
+    """Refuse what servers of this model cannot be, on whatever machine. Raises UserError."""
+    if architecture.num_attention_heads % rollout.tensor_parallel_size:
+        raise UserError(
+            f"rollout.tensor_parallel_size = {rollout.tensor_parallel_size} does not divide the model's "
+            f"num_attention_heads = {architecture.num_attention_heads}"
+        )
+    wanted = rollout.max_model_len
+    if wanted is not None and wanted > architecture.max_sequence_length:
+        raise UserError(
+            f"rollout.max_model_len = {wanted} is above the model's limit of {architecture.max_sequence_length} tokens"
+        )
 
 
 def servable(path: str) -> Path:
