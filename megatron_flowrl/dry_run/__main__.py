@@ -3,8 +3,8 @@
   python -m megatron_flowrl.dry_run RECIPE --gpus 32 [section.key=value ...]
 
 1. Settings, model and number of GPUs are checked as `train` checks them.
-2. Every rank of the true layout is looked at, without weights: which part of each parameter it holds, in the Hugging
-   Face checkpoint and in the run's own. A step of drawn lengths is packed at the true token budget.
+2. A step of drawn lengths is packed at the true token budget. Every rank of the true layout is looked at, without
+   weights: which part of each parameter it holds, in the Hugging Face checkpoint and in the run's own.
 3. `train` runs two steps on at most eight ranks of this machine, with a model of the same layers and heads but small
    widths, on drawn answers: a start, a checkpoint, and a start that goes on from it.
 
@@ -48,6 +48,10 @@ def dry_run(config: Config, gpus: int, *, small: bool, timeout: float) -> None:
         f"TP{parallel.tensor_model_parallel_size} x PP{parallel.pipeline_model_parallel_size}"
         f"{f' (VPP{chunks})' if chunks else ''} x CP{parallel.context_parallel_size} x DP{replicas}"
     )
+    packed = pack_step(config, architecture, replicas)
+    _say(packed.packing.describe())
+    if packed.stages > 1:
+        _say(f"schedule: stages wait {packed.idle_share:.1%} of an update for one another, micro-batches being equal")
     began = time.monotonic()
     parts = check_ranks(on_a_cpu(config)[0], architecture, gpus, log_z=build_objective(config).needs.log_z)
     _say(
@@ -55,10 +59,6 @@ def dry_run(config: Config, gpus: int, *, small: bool, timeout: float) -> None:
         f"{min(parts.parameters) / 1e9:.2f} to {max(parts.parameters) / 1e9:.2f} billion parameters; the run's "
         f"checkpoint is {len(parts.shapes)} whole tensors ({time.monotonic() - began:.0f} s)"
     )
-    packed = pack_step(config, architecture, replicas)
-    _say(packed.packing.describe())
-    if packed.stages > 1:
-        _say(f"schedule: stages wait {packed.idle_share:.1%} of an update for one another, micro-batches being equal")
     if small:
         with tempfile.TemporaryDirectory(prefix="dry_run_") as folder:
             run = small_run(config, architecture, replicas, Path(folder))

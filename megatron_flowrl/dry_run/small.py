@@ -31,7 +31,7 @@ from megatron_flowrl.config import (
 from megatron_flowrl.model.architecture import Architecture
 
 MOST_RANKS = 8
-PROMPTS, PROMPTS_PER_MINI_BATCH, MOST_ANSWERS = 4, 2, 8
+PROMPTS, PROMPTS_PER_MINI_BATCH, MOST_ANSWERS = 4, 2, 4
 PROMPT_TOKENS, ANSWER_TOKENS = 8, 24
 VOCABULARY, EOS = 515, 1  # 515: divisible by nothing a layout would like
 _HEAD = 4  # elements
