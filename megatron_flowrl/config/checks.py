@@ -202,6 +202,13 @@ def _rollout(config: Config) -> Iterator[str]:
             "parallel.distributed_timeout_minutes, in which the other ranks give up on a transfer; "
             "lower it or raise that"
         )
+    room = rollout.max_model_len
+    for key, answer in (
+        ("generation.max_tokens", config.generation.max_tokens),
+        ("evaluation.max_tokens", config.evaluation.max_tokens),
+    ):
+        if rollout.replay is None and room is not None and answer is not None and answer >= room:
+            yield f"{key} = {answer} leaves no room for a prompt within rollout.max_model_len = {room}; raise that"
     if rollout.transfer == "ipc" and not rollout.colocated:
         yield (
             "rollout.transfer = ipc needs rollout.colocated=true, which is false: it is for GPUs that servers share "

@@ -29,6 +29,7 @@ from megatron_flowrl.dry_run.step import pack_step
 from megatron_flowrl.dry_run.training import DryRunFailed, train_small
 from megatron_flowrl.model.architecture import Architecture
 from megatron_flowrl.model.layout import check_layout
+from megatron_flowrl.rewards.find import check_names
 from megatron_flowrl.rollout.serve import check_servable
 from megatron_flowrl.training.objective import build_objective
 
@@ -73,6 +74,7 @@ def checked(config: Config, gpus: int) -> tuple[Architecture, int]:
     architecture = shape_of(config.model.path)
     check_layout(architecture, config)
     if config.rollout.replay is None:
+        check_names(config.reward.grader)
         check_servable(architecture, config.rollout)
     return architecture, replicas
 

@@ -65,6 +65,7 @@ def make_grader(settings: RewardConfig) -> Grader:
     Raises UserError where a name is none, or the function cannot be imported or called, or something is missing: a
     package, a setting that the grader needs.
     """
+    check_names(settings.grader)
     terms = terms_of(settings.grader)
     graders = [(weight, _found(name, settings)) for weight, name in terms]
     if terms == [(1.0, settings.grader)]:
@@ -84,6 +85,16 @@ def check_ground_truth(grader: str, ground_truth: Any, row: Mapping[str, Any] | 
             if problem is not None:
                 return problem
     return None
+
+
+def check_names(grader: str) -> None:
+    """Raises UserError where a term names no grader, as far as that can be told without importing anything."""
+    for _, name in terms_of(grader):
+        if name not in BUILT_IN and "." not in name:
+            raise UserError(
+                f"reward.grader = {name!r} is none of {', '.join(BUILT_IN)}{_near(name, BUILT_IN)}; give one of them, "
+                "or a function of your own as package.module.function"
+            )
 
 
 def terms_of(grader: str) -> list[tuple[float, str]]:
@@ -114,11 +125,6 @@ def _summed(terms: Sequence[tuple[float, Sequence[Grade]]]) -> list[Grade]:
 def _found(name: str, settings: RewardConfig) -> Grader:
     if name in BUILT_IN:
         return _checked(BUILT_IN[name].attribute(BUILT_IN[name].make)(settings))
-    if "." not in name:
-        raise UserError(
-            f"reward.grader = {name!r} is none of {', '.join(BUILT_IN)}{_near(name, BUILT_IN)}; give one of them, or a "
-            "function of your own as package.module.function"
-        )
     return _checked(_own_function(name))
 
 
@@ -190,4 +196,4 @@ def _finite(score: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-__all__ = ["BUILT_IN", "check_ground_truth", "make_grader", "terms_of"]
+__all__ = ["BUILT_IN", "check_ground_truth", "check_names", "make_grader", "terms_of"]

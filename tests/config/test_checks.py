@@ -93,6 +93,12 @@ BAD = [
     (["rollout.replay=x", "rollout.hang_seconds=60"], "rollout.hang_seconds = 60.0 has no effect", "rollout.replay"),
     (["rollout.replay=x", "rollout.max_restarts=0"], "rollout.max_restarts = 0 has no effect", "rollout.replay"),
     (["rollout.replay=x", URLS], "generation.urls = ", "with rollout.replay"),
+    (["rollout.max_model_len=1024"], "generation.max_tokens = 1024", "rollout.max_model_len = 1024; raise that"),
+    (
+        ["rollout.max_model_len=1025", "evaluation.max_tokens=2000"],
+        "evaluation.max_tokens = 2000",
+        "rollout.max_model_len = 1025; raise that",
+    ),
     (["generation.urls=[localhost]"], "'localhost' is not an address", "http://127.0.0.1:8000"),
     (
         ["generation.urls=[http://a:1,http://a:1]"],
@@ -163,7 +169,7 @@ def test_the_setting_that_a_message_ends_with_cures(overrides, fact, cure):
         check_config(load_config(None, [MODEL, *overrides]))
     ending = re.search(r" (?:set|or) ([\w.]+)=(\w+|\[.*\])$", str(raised.value))
     if ending is None:  # the cure is a number or an address, which only the user knows
-        assert "multiple of" in cure or fact.endswith("= full") or "generation.urls" in str(raised.value)
+        assert "multiple of" in cure or "raise that" in cure or fact.endswith("= full") or "urls" in str(raised.value)
         return
     key, value = ending.groups()
     kept = [override for override in overrides if override.partition("=")[0] != key]
