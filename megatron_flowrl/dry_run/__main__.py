@@ -14,6 +14,7 @@ Exit status 2: the recipe is at fault, and the setting is named; 1: the program 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -120,4 +121,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a CPU wherever it is: a login node, a laptop, a node with GPUs
     main()

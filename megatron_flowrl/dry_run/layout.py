@@ -113,11 +113,11 @@ def _collect(model: Any, architecture: Architecture, parts: Parts) -> None:
             if not name.startswith(OWN_HEADS) and is_exported(name, architecture):
                 _collect_pieces(name, parameter, module, architecture, parts)
         for key, value in _sharded(module.sharded_state_dict()):
+            if parts.shapes.setdefault(key, value.global_shape) != value.global_shape:
+                raise LayoutError(f"{key} is {parts.shapes[key]} on one rank and {value.global_shape} on another")
             if any(value.replica_id if isinstance(value.replica_id, tuple) else (value.replica_id,)):
                 continue  # a copy of what another rank writes
             offset, shape = value.global_offset, value.local_shape
-            if parts.shapes.setdefault(key, value.global_shape) != value.global_shape:
-                raise LayoutError(f"{key} is {parts.shapes[key]} on one rank and {value.global_shape} on another")
             if offset in parts.shards[key]:
                 raise LayoutError(f"two ranks write {key} at {offset}")
             parts.shards[key][offset] = tuple(shape)
