@@ -44,11 +44,11 @@ from megatron_flowrl.data.batch import PackedBatch, TokenSequence
 from megatron_flowrl.model.architecture import read_architecture
 from megatron_flowrl.model.build import build_parallel_model, wrap_for_training
 from megatron_flowrl.model.gpt import TokenLogProbs
+from megatron_flowrl.model.packing_rules import packing_rules, plan
 from megatron_flowrl.platform import current_platform
 from megatron_flowrl.platform.distributed import World, destroy_process_groups, initialize_process_groups
 from megatron_flowrl.training.optimizer import Optimizer
 from megatron_flowrl.training.passes import forward_backward, local_batches
-from megatron_flowrl.training.plan import packing_rules, plan
 
 TOKENS = 4096
 MODEL = Qwen2Config(

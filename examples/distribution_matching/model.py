@@ -17,9 +17,9 @@ from megatron_flowrl.data.batch import PackedBatch, TokenSequence
 from megatron_flowrl.model.build import ParallelModel
 from megatron_flowrl.model.gpt import LogProbRequest
 from megatron_flowrl.model.packed_sequences import packed_sequences
+from megatron_flowrl.model.packing_rules import packing_rules, plan
 from megatron_flowrl.model.partition_function import LogZRequest
 from megatron_flowrl.training.passes import ask, local_batches
-from megatron_flowrl.training.plan import packing_rules, plan
 
 HIDDEN = 64
 

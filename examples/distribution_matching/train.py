@@ -22,10 +22,10 @@ from examples.distribution_matching.tasks import Task, distance
 from megatron_flowrl.checkpoint.sources import open_source
 from megatron_flowrl.config import Config
 from megatron_flowrl.model.architecture import read_architecture
+from megatron_flowrl.model.objective import build_objective
 from megatron_flowrl.platform import current_platform
 from megatron_flowrl.platform.distributed import World, process_groups
 from megatron_flowrl.training.experience import gather_experience
-from megatron_flowrl.training.objective import build_objective
 from megatron_flowrl.training.trainer import Trainer
 
 MEASUREMENTS = 30  # over a run, for the course of the KL divergence

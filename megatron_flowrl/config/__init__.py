@@ -4,6 +4,7 @@ Imports neither torch nor Megatron.
 """
 
 from .checks import check_config, data_parallel_size
+from .cluster import Sizes, sizes_of
 from .errors import SharedUserError, UserError
 from .help import format_help
 from .load import given_keys, load_config, to_dict, to_yaml
@@ -72,6 +73,7 @@ __all__ = [
     "SamplerCorrectionConfig",
     "SftConfig",
     "SharedUserError",
+    "Sizes",
     "TrackingConfig",
     "UserError",
     "check_config",
@@ -79,6 +81,7 @@ __all__ = [
     "format_help",
     "given_keys",
     "load_config",
+    "sizes_of",
     "to_dict",
     "to_yaml",
 ]

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_flowrl.checkpoint.locate import locate_model
-from megatron_flowrl.config import Config, RolloutConfig, UserError
+from megatron_flowrl.config import Config, UserError
 from megatron_flowrl.model.architecture import Architecture, read_architecture
 from megatron_flowrl.observe.log import logger
 from megatron_flowrl.rollout.errors import ServerError
@@ -23,9 +23,13 @@ _SEEDS_A_SERVER = 1000  # one for each time it is started
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def transfer_backend(config: Config) -> str:
-    """What `rollout.transfer` says, or stands for on this machine. Raises UserError for one that cannot work here."""
-    rollout, gpus = config.rollout, visible_gpus()
+def transfer_backend(config: Config, gpus: int | None = None) -> str:
+    """What `rollout.transfer` says, or stands for where there are so many GPUs (None: on this machine).
+
+    Raises UserError for one that cannot work there.
+    """
+    rollout = config.rollout
+    gpus = visible_gpus() if gpus is None else gpus
     if rollout.transfer is None:
         return "shm" if not gpus else "ipc" if rollout.colocated else "nccl"
     if gpus and rollout.transfer in ("shm", "gloo"):
@@ -49,7 +53,7 @@ def make_servers(config: Config, model: Path, logs: Path, *, random_weights: boo
     Raises UserError for a model they cannot serve, or what this machine does not have.
     """
     rollout = config.rollout
-    check_servable(read_architecture(model), rollout)
+    check_servers(config, read_architecture(model))
     if rollout.quantization is not None and not visible_gpus():
         raise UserError(
             f"rollout.quantization = {rollout.quantization} needs GPUs, and this machine shows none; set "
@@ -71,8 +75,9 @@ def make_servers(config: Config, model: Path, logs: Path, *, random_weights: boo
     ]
 
 
-def check_servable(architecture: Architecture, rollout: RolloutConfig) -> None:
-    """Refuse what servers of this model cannot be, on whatever machine. Raises UserError."""
+def check_servers(config: Config, architecture: Architecture) -> None:
+    """Raises UserError for a model that the servers of `config.rollout` cannot serve as they are told to."""
+    rollout = config.rollout
     if architecture.num_attention_heads % rollout.tensor_parallel_size:
         raise UserError(
             f"rollout.tensor_parallel_size = {rollout.tensor_parallel_size} does not divide the model's "

@@ -22,6 +22,7 @@ from megatron_flowrl.data.tokenizer import load_tokenizer
 from megatron_flowrl.model.architecture import Architecture
 from megatron_flowrl.model.build import ParallelModel
 from megatron_flowrl.model.layout import max_sequence_length
+from megatron_flowrl.model.packing_rules import packing_rules, plan
 from megatron_flowrl.objectives.mismatch import Mismatch, mismatch, worst_token
 from megatron_flowrl.observe.log import logger, progress
 from megatron_flowrl.platform.distributed import World, alike, together
@@ -31,7 +32,6 @@ from megatron_flowrl.rollout.serve import make_servers
 from megatron_flowrl.rollout.server import check_vllm
 from megatron_flowrl.rollout.transfer.base import shared
 from megatron_flowrl.training.passes import ScoredTokens
-from megatron_flowrl.training.plan import packing_rules, plan
 from megatron_flowrl.training.score import (
     check_inputs,
     finite_or_null,

@@ -115,17 +115,6 @@ def gather_experience(
     )
 
 
-def needs_old_pass(needs: Needs, packing: PackingPlan, config: Config) -> bool:
-    """Whether the policy's log-probs before the update have to be computed: not where the only update has them."""
-    return (
-        needs.old
-        or needs.old_entropy
-        or len(packing.mini_batches) > 1
-        or config.objective.force_old_pass
-        or config.sampler_correction.level is not None
-    )
-
-
 def whole_plan(sequences: Sequence[TokenSequence], packing: PackingPlan, device: torch.device) -> list[PackedBatch]:
     """This rank's micro-batches of all mini-batches."""
     mini_batches = range(len(packing.mini_batches))

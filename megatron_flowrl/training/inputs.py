@@ -17,14 +17,14 @@ from megatron_flowrl.data.prompts import Limits, PromptSet, ResponseSet, load_pr
 from megatron_flowrl.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_flowrl.model.architecture import Architecture, read_architecture
 from megatron_flowrl.model.layout import check_layout, max_sequence_length
+from megatron_flowrl.model.objective import build_objective
+from megatron_flowrl.model.packing_rules import packing_rules, plan
 from megatron_flowrl.objectives.batch import Objective
 from megatron_flowrl.observe.log import logger
 from megatron_flowrl.platform.distributed import check_agreement, together
 from megatron_flowrl.rewards.find import check_ground_truth, make_grader
 from megatron_flowrl.rollout.serve import make_servers
 from megatron_flowrl.rollout.server import check_vllm
-from megatron_flowrl.training.objective import build_objective
-from megatron_flowrl.training.plan import packing_rules, plan
 from megatron_flowrl.training.session import Session
 
 

@@ -24,6 +24,7 @@ from megatron_flowrl.data.tokenizer import load_tokenizer
 from megatron_flowrl.model.architecture import Architecture, read_architecture
 from megatron_flowrl.model.build import ParallelModel, build_parallel_model, freeze
 from megatron_flowrl.model.layout import check_layout, max_sequence_length
+from megatron_flowrl.model.packing_rules import packing_rules, plan
 from megatron_flowrl.observe.log import logger, progress
 from megatron_flowrl.platform.distributed import (
     World,
@@ -32,7 +33,6 @@ from megatron_flowrl.platform.distributed import (
     together,
 )
 from megatron_flowrl.training.passes import ScoredTokens, forward_only, gather_tokens, local_batches
-from megatron_flowrl.training.plan import packing_rules, plan
 from megatron_flowrl.training.session import Session, prepared
 
 _TEMPORARY = ".megatron-flowrl."

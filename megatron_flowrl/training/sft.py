@@ -9,6 +9,7 @@ import torch
 from megatron_flowrl.config import Config
 from megatron_flowrl.data.batch import TokenSequence
 from megatron_flowrl.data.order import PromptOrder
+from megatron_flowrl.model.packing_rules import packing_rules, plan
 from megatron_flowrl.objectives.supervised import Supervised
 from megatron_flowrl.observe.log import logger
 from megatron_flowrl.observe.timers import Timers
@@ -18,7 +19,6 @@ from megatron_flowrl.training.inputs import Responses, read_responses
 from megatron_flowrl.training.journal import POSITION, Journal
 from megatron_flowrl.training.measures import StepMeasures
 from megatron_flowrl.training.oversight import Oversight, overseen
-from megatron_flowrl.training.plan import packing_rules, plan
 from megatron_flowrl.training.session import Session, prepared
 from megatron_flowrl.training.trainer import Trainer
 

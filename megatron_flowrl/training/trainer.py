@@ -17,16 +17,17 @@ from megatron_flowrl.config import Config
 from megatron_flowrl.data.packing import PackingPlan
 from megatron_flowrl.model.architecture import Architecture
 from megatron_flowrl.model.build import ParallelModel, build_parallel_model, wrap_for_training
+from megatron_flowrl.model.objective import needs_old_pass
+from megatron_flowrl.model.packing_rules import packing_rules, plan
 from megatron_flowrl.objectives.batch import Objective
 from megatron_flowrl.objectives.mismatch import mismatch
 from megatron_flowrl.objectives.statistics import summarize
 from megatron_flowrl.observe.log import logger
 from megatron_flowrl.platform import Platform
 from megatron_flowrl.training.critic import Critic
-from megatron_flowrl.training.experience import Experience, needs_old_pass, with_old_pass, with_reference_pass
+from megatron_flowrl.training.experience import Experience, with_old_pass, with_reference_pass
 from megatron_flowrl.training.optimizer import Optimizer
 from megatron_flowrl.training.passes import Listener
-from megatron_flowrl.training.plan import packing_rules, plan
 from megatron_flowrl.training.ranks import RankWait, Stragglers
 from megatron_flowrl.training.reference import Reference, build_reference
 from megatron_flowrl.training.schedule import build_schedule
@@ -125,7 +126,7 @@ class Trainer:
 
     def _with_passes(self, experience: Experience, packing: PackingPlan, timed: Timed, wait: Listener) -> Experience:
         config, needs = self._config, self._objective.needs
-        if needs_old_pass(needs, packing, config):
+        if needs_old_pass(needs, len(packing.mini_batches), config):
             with timed("old_log_probs"):
                 experience = with_old_pass(experience, self.model.chunks, packing, config, self._device, needs, wait)
         if self._reference is not None:

@@ -34,12 +34,12 @@ from megatron_flowrl.data.batch import PackedBatch
 from megatron_flowrl.model.architecture import read_architecture
 from megatron_flowrl.model.build import build_parallel_model, wrap_for_training
 from megatron_flowrl.model.gpt import TokenLogProbs
+from megatron_flowrl.model.packing_rules import packing_rules, plan
 from megatron_flowrl.observe.log import configure_logging
 from megatron_flowrl.platform import current_platform
 from megatron_flowrl.platform.distributed import World, destroy_process_groups, initialize_process_groups, read_world
 from megatron_flowrl.training.optimizer import Optimizer
 from megatron_flowrl.training.passes import forward_backward, local_batches
-from megatron_flowrl.training.plan import packing_rules, plan
 from megatron_flowrl.training.reductions import sequence_sums
 from megatron_flowrl.training.schedule import build_schedule
 from tests.tiny_models import random_sequences

@@ -28,11 +28,11 @@ from megatron_flowrl.checkpoint.writer import CheckpointWriter
 from megatron_flowrl.config import Config, UserError, check_config, data_parallel_size, load_config
 from megatron_flowrl.model.architecture import read_architecture
 from megatron_flowrl.model.build import build_parallel_model
+from megatron_flowrl.model.packing_rules import packing_rules, plan
 from megatron_flowrl.platform import current_platform
 from megatron_flowrl.platform.distributed import destroy_process_groups, initialize_process_groups, read_world
 from megatron_flowrl.training.critic import Critic
 from megatron_flowrl.training.experience import Experience, gather_experience
-from megatron_flowrl.training.plan import packing_rules, plan
 from megatron_flowrl.training.update import Constants
 from tests.distributed.layouts import Layout, parallel
 from tests.distributed.update_worker import NUM_SEQUENCES, KeptGradients, noise

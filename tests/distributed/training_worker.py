@@ -24,11 +24,11 @@ from megatron_flowrl.data.batch import PackedBatch
 from megatron_flowrl.model.architecture import read_architecture
 from megatron_flowrl.model.build import build_parallel_model, wrap_for_training
 from megatron_flowrl.model.gpt import TokenLogProbs
+from megatron_flowrl.model.packing_rules import packing_rules, plan
 from megatron_flowrl.platform import current_platform
 from megatron_flowrl.platform.distributed import destroy_process_groups, initialize_process_groups, read_world
 from megatron_flowrl.training.optimizer import Optimizer
 from megatron_flowrl.training.passes import forward_backward, forward_only, gather_tokens, local_batches
-from megatron_flowrl.training.plan import packing_rules, plan
 from megatron_flowrl.training.reductions import sequence_sums
 from megatron_flowrl.training.reference import HostReference
 from tests.tiny_models import random_sequences

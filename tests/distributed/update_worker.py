@@ -27,6 +27,8 @@ from megatron_flowrl.config import Config, check_config, data_parallel_size, loa
 from megatron_flowrl.data.batch import TokenSequence
 from megatron_flowrl.model.architecture import Architecture, read_architecture
 from megatron_flowrl.model.build import ParallelModel, build_parallel_model, wrap_for_training
+from megatron_flowrl.model.objective import build_objective
+from megatron_flowrl.model.packing_rules import packing_rules, plan
 from megatron_flowrl.platform import current_platform
 from megatron_flowrl.platform.distributed import destroy_process_groups, initialize_process_groups, read_world
 from megatron_flowrl.training.experience import (
@@ -35,10 +37,8 @@ from megatron_flowrl.training.experience import (
     with_old_pass,
     with_reference_pass,
 )
-from megatron_flowrl.training.objective import build_objective
 from megatron_flowrl.training.optimizer import StepResult
 from megatron_flowrl.training.passes import ScoredTokens
-from megatron_flowrl.training.plan import packing_rules, plan
 from megatron_flowrl.training.update import Updater
 from tests.distributed.layout_worker import full_gradients
 from tests.distributed.layouts import Layout

@@ -15,10 +15,10 @@ from examples.distribution_matching.model import answer_log_probs, make_config, 
 from examples.distribution_matching.tasks import TASKS, Task, distance, enumerate_answers
 from examples.distribution_matching.train import Run, train
 from megatron_flowrl.config import PRESETS
+from megatron_flowrl.model.packing_rules import packing_rules, plan
 from megatron_flowrl.platform import Platform, cuda_stand_in, current_platform
 from megatron_flowrl.platform.distributed import World, process_groups
 from megatron_flowrl.training.experience import gather_experience, score
-from megatron_flowrl.training.plan import packing_rules, plan
 
 ALL = list(TASKS.values())
 

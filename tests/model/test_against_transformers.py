@@ -18,9 +18,9 @@ from megatron_flowrl.config import Config, load_config
 from megatron_flowrl.data.batch import PackedBatch, TokenSequence
 from megatron_flowrl.model.architecture import read_architecture
 from megatron_flowrl.model.build import ParallelModel, build_parallel_model, freeze
+from megatron_flowrl.model.packing_rules import packing_rules, plan
 from megatron_flowrl.platform import Platform
 from megatron_flowrl.training.passes import ScoredTokens, forward_only, gather_tokens, local_batches
-from megatron_flowrl.training.plan import packing_rules, plan
 from tests.tiny_models import MODELS, VOCABULARY, save_model
 
 LONGEST = 300

@@ -14,10 +14,10 @@ from megatron_flowrl.data.batch import PackedBatch, TokenSequence
 from megatron_flowrl.model.architecture import read_architecture
 from megatron_flowrl.model.build import ParallelModel, build_parallel_model, wrap_for_training
 from megatron_flowrl.model.gpt import TokenLogProbs
+from megatron_flowrl.model.packing_rules import packing_rules, plan
 from megatron_flowrl.platform import Platform
 from megatron_flowrl.training.optimizer import Optimizer
 from megatron_flowrl.training.passes import forward_backward, forward_only, gather_tokens, local_batches
-from megatron_flowrl.training.plan import packing_rules, plan
 from megatron_flowrl.training.reference import Reference, build_reference
 from tests.tiny_models import random_sequences, save_model
 

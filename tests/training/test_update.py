@@ -21,19 +21,18 @@ from megatron_flowrl.config import Config, UserError, check_config, load_config
 from megatron_flowrl.data.batch import TokenSequence
 from megatron_flowrl.model.architecture import read_architecture
 from megatron_flowrl.model.build import ParallelModel, build_parallel_model, wrap_for_training
+from megatron_flowrl.model.objective import build_objective, needs_old_pass
+from megatron_flowrl.model.packing_rules import packing_rules, plan
 from megatron_flowrl.model.partition_function import PartitionFunction
 from megatron_flowrl.objectives.batch import Batch, Needs, Prepared, Rollout
 from megatron_flowrl.platform import Platform
 from megatron_flowrl.training.experience import (
     Experience,
     gather_experience,
-    needs_old_pass,
     with_old_pass,
     with_reference_pass,
 )
-from megatron_flowrl.training.objective import build_objective
 from megatron_flowrl.training.optimizer import Optimizer
-from megatron_flowrl.training.plan import packing_rules, plan
 from megatron_flowrl.training.schedule import build_schedule
 from megatron_flowrl.training.update import Updater, UpdateResult
 from tests.tiny_models import random_sequences, save_model
@@ -288,10 +287,9 @@ class TestExperience:
     def test_old_pass_where_the_only_update_does_not_have_it(self, overrides: tuple[str, ...], needed: bool) -> None:
         config = load_config(None, ["model.path=x", *overrides])
         check_config(config)
-        rules = packing_rules_of_one_rank()
         needs = build_objective(config).needs
-        assert needs_old_pass(needs, plan([5, 6], rules), config) == needed
-        assert needs_old_pass(needs, plan([5, 6], rules, [0, 1]), config)
+        assert needs_old_pass(needs, 1, config) == needed
+        assert needs_old_pass(needs, 2, config)
 
 
 def packing_rules_of_one_rank() -> Any:

@@ -21,6 +21,17 @@ def build_objective(config: Config) -> Objective:
     return OBJECTIVES[name](config) if name in OBJECTIVES else _users_own(name, config)
 
 
+def needs_old_pass(needs: Needs, mini_batches: int, config: Config) -> bool:
+    """Whether the policy's log-probs before the update have to be computed: not where the only update has them."""
+    return (
+        needs.old
+        or needs.old_entropy
+        or mini_batches > 1
+        or config.objective.force_old_pass
+        or config.sampler_correction.level is not None
+    )
+
+
 def _flowrl(config: Config) -> FlowRL:
     settings = config.flowrl
     return FlowRL(
