@@ -8,13 +8,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 from megatron_flowrl import __version__
-from megatron_flowrl.cli import conversion, evaluation, runs, serving, training
+from megatron_flowrl.cli import conversion, evaluation, planning, runs, serving, training
 from megatron_flowrl.cli.parsers import TRAIN_SECTIONS
 from megatron_flowrl.config import SharedUserError, UserError
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": training.train,
     "sft": training.sft,
+    "plan": planning.plan,
     "report": runs.report,
     "score": training.score,
     "convert": conversion.convert,
@@ -35,9 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "command",
         choices=tuple(_COMMANDS),
-        help="train: reinforcement learning; sft: supervised training; report: runs as HTML; score: log-probs of given "
-        "responses; convert: between Hugging Face and Megatron; serve: vLLM servers; evaluate: benchmarks; "
-        "judge: how different answers are; compare: evaluations beside one another; status: how far a run is",
+        help="train: reinforcement learning; sft: supervised training; plan: what a run would take; report: runs as "
+        "HTML; score: log-probs of given responses; convert: between Hugging Face and Megatron; serve: vLLM servers; "
+        "evaluate: benchmarks; judge: how different answers are; compare: evaluations beside one another; status: how far a run is",
     )
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its arguments; see COMMAND --help")
     parsed = parser.parse_args(arguments)

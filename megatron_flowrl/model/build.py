@@ -13,7 +13,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_flowrl.config import Config
 from megatron_flowrl.model.architecture import Architecture
-from megatron_flowrl.model.gpt import LanguageModel, build_language_model, padded_vocab_size
+from megatron_flowrl.model.gpt import LanguageModel, build_language_model
+from megatron_flowrl.model.layout import padded_vocab_size
 from megatron_flowrl.model.transformer_config import transformer_config
 from megatron_flowrl.platform import Platform
 

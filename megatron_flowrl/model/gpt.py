@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -171,12 +170,6 @@ class LanguageModel(GPTModel):
             sequence_parallel=self.config.sequence_parallel,
         )
         return replace(output, log_z=log_z)
-
-
-def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
-    """The vocabulary rounded up to a multiple of `divisible_by` times the tensor-parallel size, as Megatron does."""
-    multiple = divisible_by * tensor_parallel_size
-    return math.ceil(vocab_size / multiple) * multiple
 
 
 def build_language_model(

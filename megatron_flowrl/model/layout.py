@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from megatron_flowrl.config import Config, ParallelConfig, PrecisionConfig, UserError
@@ -25,6 +26,12 @@ def max_sequence_length(architecture: Architecture, config: Config) -> int:
 def fp8_multiple(precision: PrecisionConfig) -> int:
     """What FP8 wants the sides of a matrix product to be a multiple of (Megatron's `get_fp8_align_size`); 1 without."""
     return 1 if precision.fp8 is None else 32 if precision.fp8_recipe == "mxfp8" else 16
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
+    """The vocabulary rounded up to a multiple of `divisible_by` times the tensor-parallel size, as Megatron does."""
+    multiple = divisible_by * tensor_parallel_size
+    return math.ceil(vocab_size / multiple) * multiple
 
 
 def _tensor_parallel(architecture: Architecture, config: Config) -> Iterator[str]:

@@ -136,6 +136,8 @@ class Sampler:
         if version == self._synced:
             raise ValueError(f"version {version!r} was sent already: other weights need a name of their own")
         self._transfer.times = TransferTimes()
+        if self._sleeps:  # what torch's allocator keeps for the next activations, servers need for keys and values
+            torch.cuda.empty_cache()
         fleet, count = self._fleet, 0
         if fleet is None:
             self._follow()

@@ -28,7 +28,7 @@ from megatron_flowrl.config import load_config
 from megatron_flowrl.model.architecture import FAMILIES as SUPPORTED_FAMILIES
 from megatron_flowrl.model.architecture import Architecture, architecture_of
 from megatron_flowrl.model.build import ParallelModel, build_parallel_model
-from megatron_flowrl.model.gpt import padded_vocab_size
+from megatron_flowrl.model.layout import padded_vocab_size
 from megatron_flowrl.platform import Platform
 from tests.tiny_models import MODELS, VOCABULARY, save_model
 

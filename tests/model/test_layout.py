@@ -21,8 +21,7 @@ from megatron_flowrl.config import (
     check_config,
 )
 from megatron_flowrl.model.architecture import Architecture, architecture_of
-from megatron_flowrl.model.gpt import padded_vocab_size
-from megatron_flowrl.model.layout import check_layout, max_sequence_length
+from megatron_flowrl.model.layout import check_layout, max_sequence_length, padded_vocab_size
 from megatron_flowrl.model.transformer_config import transformer_config
 from megatron_flowrl.platform import Libraries, Platform
 from tests.tiny_models import MODELS

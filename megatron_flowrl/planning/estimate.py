@@ -1,0 +1,202 @@
+"""A layout's memory and time: what the plan of a recipe and the search for a better one have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_flowrl.config import Config, Sizes
+from megatron_flowrl.model.architecture import Architecture
+from megatron_flowrl.model.objective import needs_old_pass
+from megatron_flowrl.model.packing_rules import packing_rules
+from megatron_flowrl.objectives.batch import Needs
+from megatron_flowrl.planning.activations import MicroBatch, stage_activations
+from megatron_flowrl.planning.compute import Machine, optimizer_time, pass_time
+from megatron_flowrl.planning.hardware import Gpu, Hardware
+from megatron_flowrl.planning.memory import RankMemory, SamplerMemory, rank_memory, sampler_memory
+from megatron_flowrl.planning.parameters import Stage, counted_stages, total_elements
+from megatron_flowrl.planning.sampling import Sampling, sampling
+from megatron_flowrl.planning.workload import RankLoad, Workload, mini_batch_load, response_lengths
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What stays the same while layouts are compared."""
+
+    architecture: Architecture
+    needs: Needs
+    hardware: Hardware
+    gpu: Gpu
+    sizes: Sizes
+    workload: Workload
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of a layout. `seconds`: of a step, by phase; `problems`: why it does not fit the GPU, nothing where it does."""
+
+    stages: tuple[RankMemory, ...]
+    sampler: SamplerMemory | None
+    sampling: Sampling | None
+    seconds: dict[str, float]
+    bubble: float
+    communication: float
+    micro_batches: int
+    problems: tuple[str, ...]
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step."""
+        return sum(self.seconds.values())
+
+    @property
+    def fullest(self) -> RankMemory:
+        """The rank with the most memory."""
+        return max(self.stages, key=lambda stage: stage.total)
+
+
+def estimate(config: Config, setting: Setting, stages: Sequence[Stage] | None = None) -> Estimate:
+    """`stages`: the real model's parameters; without them they are counted.
+
+    Raises SequenceTooLong where an answer does not fit into a micro-batch; the settings have been checked otherwise.
+    """
+    needs, architecture, sizes = setting.needs, setting.architecture, setting.sizes
+    parallel, run, workload = config.parallel, config.run, setting.workload
+    world = sizes.training * sizes.per_node
+    replicas = world // (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.context_parallel_size
+    )  # fmt: skip
+    machine = Machine(setting.hardware, setting.gpu, sizes.per_node, replicas)
+    stages = counted_stages(architecture, config, log_z=needs.log_z) if stages is None else stages
+    critics = counted_stages(architecture, config, value_head=True) if needs.values else [None] * len(stages)
+    rules = packing_rules(config, architecture, replicas)
+    lengths = _lengths(config, setting, run.prompts_per_mini_batch * config.generation.n)
+    load = mini_batch_load(lengths, workload.prompt_tokens, rules)
+    full = _full_micro_batch(rules.longest_sequence, workload)
+    ranks = replicas * parallel.context_parallel_size
+    memory = tuple(
+        rank_memory(
+            stage,
+            stage_activations(
+                architecture, config, index, full, load.micro_batches, "transformer_engine", log_z=needs.log_z
+            ),
+            config,
+            setting.hardware,
+            ranks,
+            reference=needs.reference,
+            critic=critic,
+        )
+        for index, (stage, critic) in enumerate(zip(stages, critics, strict=True))
+    )
+    sampler = sampled = None
+    servers = num_servers(config, sizes)
+    if servers:
+        sampler = sampler_memory(architecture, config, setting.hardware, setting.gpu.memory)
+        answers = _lengths(config, setting, max(1, run.prompts_per_step * config.generation.n // servers))
+        if sampler.kv_cache > 0:
+            sampled = sampling(architecture, config, machine, sampler, answers, workload.prompt_tokens)
+    seconds, bubble, communication = _seconds(config, setting, machine, stages, load, sampled, memory)
+    problems = tuple(_problems(config, setting, memory, sampler))
+    return Estimate(memory, sampler, sampled, seconds, bubble, communication, load.micro_batches, problems)
+
+
+def num_servers(config: Config, sizes: Sizes) -> int:
+    """vLLM servers of the whole run: on each node, where they share those that train; 0: answers are replayed."""
+    if config.rollout.replay is not None:
+        return 0
+    if config.generation.urls:
+        return len(config.generation.urls)
+    return config.rollout.servers * (sizes.training if config.rollout.colocated else max(1, sizes.serving))
+
+
+def _lengths(config: Config, setting: Setting, count: int) -> tuple[int, ...]:
+    sigma, longest = setting.hardware.sampler.length_sigma, config.generation.max_tokens
+    return response_lengths(count, min(setting.workload.response_tokens, longest), longest, sigma)
+
+
+def _full_micro_batch(tokens: int, workload: Workload) -> MicroBatch:
+    """The fullest that a run may meet, of sequences of mean length."""
+    length = workload.prompt_tokens + workload.response_tokens
+    sequences = max(1, tokens // length)
+    return MicroBatch(tokens, tokens * workload.response_tokens // length, sequences, float(tokens) * length)
+
+
+def _seconds(
+    config: Config,
+    setting: Setting,
+    machine: Machine,
+    stages: Sequence[Stage],
+    load: RankLoad,
+    sampled: Sampling | None,
+    memory: Sequence[RankMemory],
+) -> tuple[dict[str, float], float, float]:
+    """Of a step by phase; the bubble's share of an update, and that of tensor-parallel communication."""
+    needs, architecture, costs = setting.needs, setting.architecture, setting.hardware.transfer
+    updates = config.run.prompts_per_step // config.run.prompts_per_mini_batch
+    forward = pass_time(architecture, config, machine, load, training=False).seconds * updates
+    training = pass_time(architecture, config, machine, load, training=True)
+    gradients, states = (
+        max(times) for times in zip(*(optimizer_time(config, machine, s) for s in stages), strict=True)
+    )
+    seconds = {"rollout": sampled.seconds if sampled is not None else 0.0}
+    if needs_old_pass(needs, updates, config):
+        seconds["old_log_probs"] = forward
+    if needs.reference:
+        exchanged = 4 * memory[0].host / costs.host  # two exchanges, each of them both ways
+        seconds["reference_log_probs"] = forward + exchanged
+    if needs.values:
+        seconds["values"] = forward
+    update = updates * (training.seconds + gradients)
+    seconds["update"] = update
+    if needs.values:
+        seconds["critic"] = update + updates * states
+    seconds["optimizer"] = updates * states
+    itemsize = 2 if config.rollout.dtype == "bfloat16" else 4
+    if sampled is not None:
+        seconds["weight_sync"] = total_elements(architecture) * itemsize / costs.weights
+    seconds["checkpoint"] = _checkpoint(config, machine, memory, setting) / config.checkpoint.save_interval
+    seconds["other"] = costs.step_seconds
+    return seconds, training.bubble / training.seconds, training.communication / training.seconds
+
+
+def _checkpoint(config: Config, machine: Machine, memory: Sequence[RankMemory], setting: Setting) -> float:
+    """Seconds that training stands still for: the copy to the host, or without async_save the writing too."""
+    costs = setting.hardware.transfer
+    states = max(rank.kinds["weights"] / machine.replicas + rank.kinds["optimizer"] for rank in memory)
+    copied = states / costs.host
+    if config.checkpoint.async_save:
+        return copied
+    return copied + states * setting.sizes.per_node / costs.disk
+
+
+def _problems(
+    config: Config, setting: Setting, memory: Sequence[RankMemory], sampler: SamplerMemory | None
+) -> list[str]:
+    room, found = setting.gpu.memory, []
+    shared = config.rollout.colocated and sampler is not None
+    sleeping = setting.hardware.sampler.sleeping if shared else 0.0
+    needed = max(rank.total for rank in memory) + sleeping
+    if needed > room:
+        found.append(f"training takes {needed / 1e9:.1f} GB of the GPU's {room / 1e9:.1f} GB")
+    if sampler is None:
+        return found
+    longest = setting.workload.prompt_tokens + config.generation.max_tokens
+    if sampler.kv_tokens < longest:
+        found.append(
+            f"a server has room for the keys and values of {sampler.kv_tokens} tokens, and an answer may have "
+            f"{longest}: raise rollout.tensor_parallel_size, or vLLM's --gpu-memory-utilization "
+            "(rollout.extra_arguments)"
+        )
+    resident = max(rank.resident for rank in memory)
+    if shared and resident + sampler.limit > room:
+        share = max(0.0, (room - resident) / room)
+        found.append(
+            f"beside the {resident / 1e9:.1f} GB that training keeps, vLLM cannot have {sampler.limit / 1e9:.1f} GB: "
+            f"set rollout.extra_arguments=[--gpu-memory-utilization={int(share * 100) / 100:.2f}] or less"
+        )
+    return found
+
+
+__all__ = ["Estimate", "Setting", "estimate", "num_servers"]
