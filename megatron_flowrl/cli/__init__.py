@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         choices=tuple(_COMMANDS),
         help="train: reinforcement learning; sft: supervised training; plan: what a run would take; report: runs as "
         "HTML; score: log-probs of given responses; convert: between Hugging Face and Megatron; serve: vLLM servers; "
-        "evaluate: benchmarks; judge: how different answers are; compare: evaluations beside one another; status: how far a run is",
+        "evaluate: benchmarks; judge: how different answers are; compare: evaluations beside one another; "
+        "status: how far a run is",
     )
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its arguments; see COMMAND --help")
     parsed = parser.parse_args(arguments)

@@ -69,7 +69,10 @@ def _parameter(one: dict[str, Any], config: Config) -> Parameter:
     return replace(parameter, itemsize=1) if fp8 else parameter
 
 
-def _main() -> None:
+def build_stages(
+    architecture: Architecture, config: Config, world_size: int, *, log_z: bool, value_head: bool
+) -> list[list[list[dict[str, Any]]]]:
+    """The same in this process, as fields of `Parameter`. Leaves what `real_stages` spares its caller."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -79,12 +82,8 @@ def _main() -> None:
     from megatron_flowrl.platform import current_platform
     from megatron_flowrl.platform.distributed import destroy_process_groups
 
-    asked = json.load(sys.stdin)
-    config = load_config(sys.argv[1])
-    architecture = Architecture(**asked["architecture"])
-    parallel, world_size = config.parallel, asked["world_size"]
+    parallel, stages = config.parallel, []
     platform = replace(current_platform(), device=torch.device("meta"))
-    stages = []
     for stage in range(parallel.pipeline_model_parallel_size):
         rank = stage * (world_size // parallel.pipeline_model_parallel_size)  # Megatron's order: stages are outermost
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
@@ -97,12 +96,16 @@ def _main() -> None:
         )
         assert parallel_state.get_pipeline_model_parallel_rank() == stage
         with torch.device("meta"):
-            model = build_parallel_model(
-                architecture, config, platform, log_z=asked["log_z"], value_head=asked["value_head"]
-            )
+            model = build_parallel_model(architecture, config, platform, log_z=log_z, value_head=value_head)
         stages.append([[_described(*named) for named in module.named_parameters()] for module in model.modules])
         destroy_process_groups()
-    print(_MARK + json.dumps(stages))
+    return stages
+
+
+def _main() -> None:
+    asked = json.load(sys.stdin)
+    architecture, config = Architecture(**asked.pop("architecture")), load_config(sys.argv[1])
+    print(_MARK + json.dumps(build_stages(architecture, config, **asked)))
 
 
 def _described(name: str, parameter: Any) -> dict[str, Any]:

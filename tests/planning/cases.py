@@ -22,9 +22,8 @@ _SELECTIVE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
-    """`micro_batches`: of each data-parallel rank."""
+    """On two ranks; `micro_batches`: of each data-parallel rank."""
 
-    ranks: int
     model: str
     settings: dict[str, Any] = field(default_factory=dict)
     micro_batches: int = 1
@@ -32,13 +31,14 @@ class Case:
 
 _FAMILIES = ("qwen2", "llama", "qwen3")
 CASES: dict[str, Case] = {
-    **{f"{model}_one_rank": Case(1, model) for model in _FAMILIES},
-    **{f"{model}_tp2_sp": Case(2, model, parallel(tp=2, sp=True)) for model in _FAMILIES},
-    **{f"{model}_pp2": Case(2, model, parallel(pp=2), 4) for model in _FAMILIES},
-    **{f"{model}_cp2": Case(2, model, parallel(cp=2)) for model in _FAMILIES},
-    "qwen2_tied_full": Case(1, "qwen2_tied", _FULL),
-    "qwen3_selective": Case(1, "qwen3", _SELECTIVE),
-    "qwen2_fp32": Case(1, "qwen2", {"precision.dtype": "float32"}),
-    "qwen2_tied_pp2_vpp2": Case(2, "qwen2_tied", parallel(pp=2, vpp=2), 4),
-    "llama_dp2": Case(2, "llama", {}, 2),
+    **{f"{model}_dp2": Case(model, {}, 2) for model in _FAMILIES},
+    **{f"{model}_tp2_sp": Case(model, parallel(tp=2, sp=True)) for model in _FAMILIES},
+    **{f"{model}_pp2": Case(model, parallel(pp=2), 4) for model in _FAMILIES},
+    **{f"{model}_cp2": Case(model, parallel(cp=2)) for model in _FAMILIES},
+    "qwen2_tied_full": Case("qwen2_tied", _FULL),
+    "qwen2_pp2_full": Case("qwen2", parallel(pp=2) | _FULL, 4),
+    "qwen3_selective": Case("qwen3", _SELECTIVE),
+    "qwen2_tied_pp2_vpp2": Case("qwen2_tied", parallel(pp=2, vpp=2), 4),
+    "qwen2_fp32": Case("qwen2", {"precision.dtype": "float32", "ddp.use_distributed_optimizer": False}),
+    "llama_overlap": Case("llama", {"ddp.overlap_grad_reduce": True, "ddp.bucket_size": 40000}),
 }

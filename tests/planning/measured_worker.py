@@ -1,4 +1,4 @@
-"""Worker: bytes of weights, gradients, optimizer and activations of every rank, in layouts of one number of ranks.
+"""Worker: bytes of weights, gradients, optimizer and activations of every rank of two.
 
 torchrun ... -m tests.planning.measured_worker OUT_FOLDER CASE ...
 writes OUT_FOLDER/CASE.RANK.json: {"measured": {kind: bytes}, "planned": {kind: bytes}}.
