@@ -28,7 +28,7 @@ test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest tests $(TWO_AT_ONCE) $(ARGS)
 
 test-latest: $(VENV_LATEST)/.installed
-	$(VENV_LATEST)/bin/python -m pytest tests/distributed tests/checkpoint tests/model tests/platform $(TWO_AT_ONCE) $(ARGS)
+	$(VENV_LATEST)/bin/python -m pytest tests/distributed tests/checkpoint tests/model tests/platform tests/planning $(TWO_AT_ONCE) $(ARGS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -16,7 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_flowrl", "megatron_flowrl.*"]),
-    package_data={"megatron_flowrl.planning": ["*.yaml"]},
+    package_data={"megatron_flowrl.planning": ["*.yaml", "README.md"]},
     python_requires=">=3.11",
     install_requires=[
         "aiohttp>=3.10",
