@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import resource
 
 import pytest
 import torch.distributed as dist
@@ -27,6 +27,12 @@ def built(
     return [tuple(tuple(Parameter(**one) for one in chunk) for chunk in stage) for stage in stages]
 
 
+def children_seconds() -> float:
+    """Processor time of processes that have ended: others may keep this machine busy meanwhile."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def described(stage: Stage) -> list[list[tuple[int, int, bool, bool]]]:
     return [sorted((p.elements, p.itemsize, p.shared, p.matrix) for p in chunk) for chunk in stage]
 
@@ -38,9 +44,9 @@ def test_1024_ranks_in_a_process_of_their_own() -> None:
         "pipeline_model_parallel_size=8",
         "sequence_parallel=true",
     )
-    begin = time.monotonic()
+    begin = children_seconds()
     real = real_stages(architecture, config, 1024, log_z=True)
-    assert time.monotonic() - begin < 60
+    assert children_seconds() - begin < 60
     counted = counted_stages(architecture, config, log_z=True)
     assert [described(stage) for stage in real] == [described(stage) for stage in counted]
     assert not dist.is_initialized()
