@@ -41,10 +41,10 @@ from megatron_flowrl.data.tokenizer import load_tokenizer
 from megatron_flowrl.model.architecture import read_architecture
 from megatron_flowrl.model.build import build_parallel_model, freeze, wrap_for_training
 from megatron_flowrl.model.gpt import TokenLogProbs
+from megatron_flowrl.model.packing_rules import packing_rules, plan
 from megatron_flowrl.platform import check_platform, current_platform
 from megatron_flowrl.platform.distributed import World, process_groups
 from megatron_flowrl.training.passes import forward_backward, forward_only, local_batches
-from megatron_flowrl.training.plan import packing_rules, plan
 
 BETA, SETTLED = 8.0, 3
 PRECISIONS: dict[str, list[str]] = {

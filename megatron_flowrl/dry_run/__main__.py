@@ -24,15 +24,15 @@ from pathlib import Path
 from megatron_flowrl.cli import TRAIN_SECTIONS
 from megatron_flowrl.config import Config, UserError, check_config, data_parallel_size, load_config
 from megatron_flowrl.dry_run.layout import LayoutError, check_ranks
-from megatron_flowrl.dry_run.shapes import shape_of
 from megatron_flowrl.dry_run.small import SmallRun, on_a_cpu, small_run
 from megatron_flowrl.dry_run.step import pack_step
 from megatron_flowrl.dry_run.training import DryRunFailed, train_small
 from megatron_flowrl.model.architecture import Architecture
 from megatron_flowrl.model.layout import check_layout
+from megatron_flowrl.model.objective import build_objective
+from megatron_flowrl.planning.shapes import find_shapes
 from megatron_flowrl.rewards.find import check_names
-from megatron_flowrl.rollout.serve import check_servable
-from megatron_flowrl.training.objective import build_objective
+from megatron_flowrl.rollout.serve import check_servers
 
 _NOT_EXERCISED = (
     "not exercised: memory, speed, NCCL, Transformer Engine's kernels, vLLM, prompts, graders; nothing of this is a "
@@ -72,11 +72,11 @@ def checked(config: Config, gpus: int) -> tuple[Architecture, int]:
     """The model's shape and the data-parallel size. Raises UserError for what does not fit together."""
     check_config(config)
     replicas = data_parallel_size(config.parallel, gpus)
-    architecture = shape_of(config.model.path)
+    architecture = find_shapes(config.model.path).architecture
     check_layout(architecture, config)
     if config.rollout.replay is None:
         check_names(config.reward.grader)
-        check_servable(architecture, config.rollout)
+        check_servers(config, architecture)
     return architecture, replicas
 
 

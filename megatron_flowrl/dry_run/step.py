@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron_flowrl.config import Config, UserError
 from megatron_flowrl.data.packing import PackingPlan
 from megatron_flowrl.model.architecture import Architecture
-from megatron_flowrl.training.plan import packing_rules, plan
+from megatron_flowrl.model.packing_rules import packing_rules, plan
 from megatron_flowrl.training.trainer import mini_batches
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,16 @@ import pytest
 
 from megatron_flowrl.config import METHODS, Config, UserError, check_config, load_config, to_yaml
 from megatron_flowrl.dry_run.ranks import RanksFailed, run_ranks
-from megatron_flowrl.dry_run.shapes import shape_of
 from megatron_flowrl.dry_run.small import MOST_RANKS, SmallRun, small_run, write_model
 from megatron_flowrl.dry_run.step import pack_step
 from megatron_flowrl.dry_run.training import DryRunFailed, check_metrics, drawn_record
 from megatron_flowrl.model.architecture import read_architecture
 from megatron_flowrl.model.layout import check_layout
+from megatron_flowrl.planning.shapes import find_shapes
 from megatron_flowrl.rollout.record import decode
 
 PATH = "Qwen/Qwen2.5-32B"
-SHAPE = shape_of(PATH)
+SHAPE = find_shapes(PATH).architecture
 
 
 def config_of(*overrides: str) -> Config:
@@ -173,12 +172,3 @@ def test_a_rank_that_fails_or_hangs_is_named_and_the_others_are_ended(tmp_path: 
     with pytest.raises(RanksFailed, match="rank 0 did not end in 1 s"):
         run_ranks(lambda: __import__("time").sleep(60), 1, tmp_path / "two", timeout=1.0)
     assert run_ranks(lambda: print(os.environ["WORLD_SIZE"]), 3, tmp_path / "three", timeout=60.0) == "3\n"
-
-
-def test_shapes_are_of_the_folder_where_there_is_one(tmp_path: Path) -> None:
-    run = small(tmp_path)
-    assert shape_of(run.config.model.path).vocab_size == 515
-    assert shape_of("/models/Qwen2.5-32B") == SHAPE
-    assert dataclasses.asdict(SHAPE)["num_layers"] == 64
-    with pytest.raises(UserError, match=r"model\.path = 'gone' is no folder here"):
-        shape_of("gone")
