@@ -71,8 +71,9 @@ class TransferCosts:
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
 class MemoryCosts:
-    """Bytes of a rank beside its tensors, and the share of these that the allocator loses."""
+    """Bytes of FP8 copies for a weight's element, of a rank beside its tensors; the share that the allocator loses."""
 
+    fp8_copies: NonNegativeFloat
     context: NonNegativeFloat
     communicator: NonNegativeFloat
     fragmentation: Annotated[float, Field(ge=0, lt=1)]

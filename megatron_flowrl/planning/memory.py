@@ -125,6 +125,7 @@ def rank_memory(
             ranks,
         )
     )
+    has_reference = frozen > 0 and not on_host
     has_output = activations.log_prob > 0
     kinds = {
         "weights": policy.weights,
@@ -133,6 +134,7 @@ def rank_memory(
         "log_z": head.total + activations.log_z,
         "reference": 0.0 if on_host else frozen,
         "critic": own_critic.total,
+        "fp8_copies": _fp8_copies([*stage, *(critic or ())], stage if has_reference else (), config, costs.fp8_copies),
         "activations": activations.kept,
         "recomputation": activations.recomputed,
         "log_prob": activations.log_prob + (chunk_bytes(config) if has_output else 0),
@@ -140,9 +142,21 @@ def rank_memory(
     }
     tensors = sum(kinds.values()) - kinds["context"]
     kinds["fragmentation"] = tensors * costs.fragmentation
-    stays = ("weights", "gradients", "optimizer", "reference", "critic", "context")
+    stays = ("weights", "gradients", "optimizer", "reference", "critic", "fp8_copies", "context")
     resident = sum(kinds[kind] for kind in stays) + head.total
     return RankMemory(kinds, resident, frozen if on_host else 0.0)
+
+
+def _fp8_copies(trained: Iterable[Chunk], frozen: Iterable[Chunk], config: Config, copies: float) -> float:
+    """What Transformer Engine keeps of weights beside the weights, for FP8 products."""
+    if config.precision.fp8 is None:
+        return 0.0
+    of_trained, of_frozen = (
+        sum(p.elements for chunk in chunks for p in chunk if p.matrix) for chunks in (trained, frozen)
+    )
+    if config.precision.fp8_param_gather:
+        return max(0.0, copies - 1) * of_trained
+    return copies * of_trained + min(1.0, copies) * of_frozen
 
 
 def chunk_bytes(config: Config) -> int:

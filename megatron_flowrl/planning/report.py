@@ -18,6 +18,7 @@ _KINDS = {
     "log_z": "log Z, with all of these",
     "reference": "reference",
     "critic": "critic, with all of these",
+    "fp8_copies": "FP8 copies of weights",
     "activations": "activations",
     "recomputation": "recomputed at a time",
     "log_prob": "log-prob op",

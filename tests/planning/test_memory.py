@@ -111,6 +111,19 @@ def test_a_reference_in_host_memory_is_not_on_the_device() -> None:
     assert resident.kinds["log_prob"] > 2**28  # the op's working memory on a GPU
 
 
+def test_fp8_products_have_copies_of_the_weights() -> None:
+    def copies(*settings: str, reference: bool = False) -> float:
+        config = configured(*settings)
+        (stage,) = counted_stages(QWEN, config)
+        return rank_memory(stage, activations(config), config, HARDWARE, 8, reference=reference).kinds["fp8_copies"]
+
+    (stage,) = counted_stages(QWEN, configured())
+    matrices = sum(p.elements for chunk in stage for p in chunk if p.matrix)
+    assert copies() == 0 and copies("precision.fp8=hybrid") == 2 * matrices
+    assert copies("precision.fp8=hybrid", reference=True) == 3 * matrices
+    assert copies("precision.fp8=hybrid", "precision.fp8_param_gather=true", reference=True) == matrices
+
+
 def test_a_sampler_has_what_is_left_for_keys_and_values() -> None:
     given = configured("rollout.tensor_parallel_size=2", "rollout.extra_arguments=['--gpu-memory-utilization', '0.5']")
     found = sampler_memory(QWEN, given, HARDWARE, 80e9)
