@@ -75,7 +75,7 @@ def check_run(config: Config, cluster: Cluster, gpu: Gpu, workload: Workload) ->
     with _collected(problems):
         objective = build_objective(config)
     with _collected(problems):
-        check_gpu(config, gpu.capability)
+        check_gpu(config, lambda: gpu.capability)
     with _collected(problems):
         peak(gpu, "fp8" if config.precision.fp8 else config.precision.dtype)
     if shapes is not None:

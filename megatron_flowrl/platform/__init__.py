@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -95,25 +95,28 @@ def current_platform(local_rank: int = 0) -> Platform:
 def check_platform(config: Config, platform: Platform) -> None:
     """Refuse settings that this machine cannot honour."""
     if platform.is_cuda:
-        check_gpu(config, torch.cuda.get_device_capability(platform.device))
+        check_gpu(config, lambda: torch.cuda.get_device_capability(platform.device))
         return
     problems = list(_fp8_emulation(config)) if config.precision.fp8 is not None else []
     if problems:
         raise UserError(*problems)
 
 
-def check_gpu(config: Config, capability: tuple[int, int]) -> None:
-    """Refuse settings that a GPU of this compute capability cannot honour."""
+def check_gpu(config: Config, capability: Callable[[], tuple[int, int]]) -> None:
+    """Refuse settings that a GPU cannot honour; its compute capability is asked for where it matters."""
     if config.precision.dtype == "float32" and config.parallel.context_parallel_size > 1:
         raise UserError(
             "precision.dtype = float32 does not go with parallel.context_parallel_size > 1 on a GPU: Transformer "
             "Engine has no such attention; set precision.dtype=bfloat16 or parallel.context_parallel_size=1"
         )
+    if config.precision.fp8 is None:
+        return
     needed = {"mxfp8": (10, 0), "blockwise": (9, 0)}.get(config.precision.fp8_recipe, (8, 9))
-    if config.precision.fp8 is not None and capability < needed:
+    have = capability()
+    if have < needed:
         raise UserError(
             f"precision.fp8_recipe = {config.precision.fp8_recipe!r} needs a GPU of compute capability "
-            f"{needed[0]}.{needed[1]} or newer; this one has {capability[0]}.{capability[1]}"
+            f"{needed[0]}.{needed[1]} or newer; this one has {have[0]}.{have[1]}"
         )
 
 
