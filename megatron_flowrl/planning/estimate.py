@@ -113,7 +113,7 @@ def num_servers(config: Config, sizes: Sizes) -> int:
 
 def _lengths(config: Config, setting: Setting, count: int) -> tuple[int, ...]:
     sigma, longest = setting.hardware.sampler.length_sigma, config.generation.max_tokens
-    return response_lengths(count, min(setting.workload.response_tokens, longest), longest, sigma)
+    return response_lengths(count, setting.workload.response_tokens, longest, sigma)
 
 
 def _full_micro_batch(tokens: int, workload: Workload) -> MicroBatch:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
 
-from megatron_flowrl.config import Config
+from megatron_flowrl.config import Config, UserError
 from megatron_flowrl.data.packing import MicroBatch, PackingRules, plan_packing
 
 _MOST_PLANNED = 4096  # sequences of a mini-batch that are packed one by one; of more, such a sample
@@ -27,10 +27,16 @@ class Workload:
 
 
 def assumed(config: Config, prompt_tokens: int | None, response_tokens: int | None) -> Workload:
-    """What is given; else prompts of an eighth of prompts.max_tokens and answers of half of generation.max_tokens."""
+    """What is given; else prompts of an eighth of prompts.max_tokens and answers of half of generation.max_tokens.
+
+    Raises UserError for answers that are longer, on average, than they may be.
+    """
+    longest = config.generation.max_tokens
+    if response_tokens is not None and response_tokens > longest:
+        raise UserError(f"--response-tokens {response_tokens} is above generation.max_tokens = {longest}; lower it")
     return Workload(
         max(1, config.prompts.max_tokens // 8) if prompt_tokens is None else prompt_tokens,
-        max(1, config.generation.max_tokens // 2) if response_tokens is None else response_tokens,
+        max(1, longest // 2) if response_tokens is None else response_tokens,
     )
 
 

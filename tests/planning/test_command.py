@@ -125,6 +125,7 @@ def test_hardware_can_be_replaced(
         (["run.prompts_per_mini_batch=100"], "is no multiple of run.prompts_per_mini_batch = 100"),
         (["run.prompts_per_mini_batch=1", "generation.n=1", "--gpus", "64"], "fewer than the 16 data-parallel ranks"),
         (["objective.name=nowhere.at_all"], "cannot be imported"),
+        (["--response-tokens", "9000"], "--response-tokens 9000 is above generation.max_tokens = 8192"),
         (["--gpu", "H900"], "--gpu H900 is not known"),
         (["sft.path=x"], "`plan` does not read sft.path"),
     ],
