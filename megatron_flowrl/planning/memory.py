@@ -19,7 +19,7 @@ from megatron_flowrl.model.architecture import Architecture
 from megatron_flowrl.ops.linear_log_prob import GPU_CHUNK_BYTES
 from megatron_flowrl.planning.activations import Activations
 from megatron_flowrl.planning.hardware import Hardware
-from megatron_flowrl.planning.parameters import FP32_BYTES, Chunk, Parameter, Stage, total_elements
+from megatron_flowrl.planning.parameters import FP32_BYTES, Chunk, Parameter, Stage, matrix_elements, total_elements
 
 _ALIGNMENT, _BUCKET_ALIGNMENT = 64, 128  # elements; megatron/core/distributed/param_and_grad_buffer.py
 _MOMENTS = 2 * FP32_BYTES
@@ -184,6 +184,8 @@ def sampler_memory(architecture: Architecture, config: Config, hardware: Hardwar
     """What vLLM takes: `--gpu-memory-utilization` of the GPU, if it can have that; what is left over caches."""
     size, itemsize = config.rollout.tensor_parallel_size, 2 if config.rollout.dtype == "bfloat16" else 4
     weights = total_elements(architecture) * itemsize / size
+    if config.rollout.quantization is not None:
+        weights -= matrix_elements(architecture) * (itemsize - 1) / size
     groups = max(architecture.num_query_groups / size, 1)
     limit = memory_utilization(config, hardware) * gpu_memory
     room = max(0.0, limit - weights - hardware.sampler.working)

@@ -70,11 +70,20 @@ def counted_stages(
 def total_elements(architecture: Architecture) -> int:
     """Parameters of the language model, each once, without vocabulary padding: what Hugging Face counts."""
     h, d = architecture.hidden_size, architecture.head_dim
-    queries, keys = architecture.num_attention_heads * d, architecture.num_query_groups * d
-    layer = h * (queries + 2 * keys) + queries * h + 3 * h * architecture.ffn_hidden_size + 2 * h
-    layer += (queries + 2 * keys if architecture.qkv_bias else 0) + (2 * d if architecture.qk_norm else 0)
+    layer = 2 * h + (2 * d if architecture.qk_norm else 0)
+    if architecture.qkv_bias:
+        layer += (architecture.num_attention_heads + 2 * architecture.num_query_groups) * d
     vocabularies = 1 if architecture.tie_word_embeddings else 2
-    return architecture.num_layers * layer + vocabularies * architecture.vocab_size * h + h
+    return (
+        matrix_elements(architecture) + architecture.num_layers * layer + vocabularies * architecture.vocab_size * h + h
+    )
+
+
+def matrix_elements(architecture: Architecture) -> int:
+    """Of these, the weights of the layers' products, which FP8 is for."""
+    h, d = architecture.hidden_size, architecture.head_dim
+    queries, keys = architecture.num_attention_heads * d, architecture.num_query_groups * d
+    return architecture.num_layers * (h * (queries + 2 * keys) + queries * h + 3 * h * architecture.ffn_hidden_size)
 
 
 def _layer(architecture: Architecture, config: Config) -> Iterator[Parameter]:
@@ -123,4 +132,13 @@ def itemsize_of(config: Config) -> int:
     return 2 if config.precision.dtype == "bfloat16" else 4
 
 
-__all__ = ["Chunk", "Parameter", "Stage", "counted_stages", "itemsize_of", "layers_of_stages", "total_elements"]
+__all__ = [
+    "Chunk",
+    "Parameter",
+    "Stage",
+    "counted_stages",
+    "itemsize_of",
+    "layers_of_stages",
+    "matrix_elements",
+    "total_elements",
+]

@@ -46,7 +46,7 @@ def sampling(
     """A server that is to give answers of such lengths, generation.n to each prompt of so many tokens."""
     costs, size = machine.hardware.sampler, config.rollout.tensor_parallel_size
     gpu, elements = machine.gpu, total_elements(architecture)
-    dtype = config.rollout.dtype
+    dtype = config.rollout.dtype if config.rollout.quantization is None else "fp8"
     products = peak(gpu, dtype) * costs.prefill * size
     rate = gpu.bandwidth * machine.hardware.efficiency.bandwidth
     fixed = costs.step_milliseconds / 1e3

@@ -16,7 +16,7 @@ from megatron_flowrl.planning.activations import (
 )
 from megatron_flowrl.planning.hardware import read_hardware
 from megatron_flowrl.planning.memory import RankMemory, rank_memory, sampler_memory, trainable_bytes
-from megatron_flowrl.planning.parameters import Parameter, counted_stages, total_elements
+from megatron_flowrl.planning.parameters import Parameter, counted_stages, matrix_elements, total_elements
 from megatron_flowrl.planning.shapes import find_shapes
 
 QWEN = find_shapes("Qwen2.5-7B").architecture
@@ -131,3 +131,11 @@ def test_a_sampler_has_what_is_left_for_keys_and_values() -> None:
     assert found.kv_bytes_per_token == 2 * 28 * 2 * 128 * 2  # layers, groups of a worker, head, bytes
     assert found.kv_tokens == int((40e9 - found.weights - found.working) / found.kv_bytes_per_token)
     assert sampler_memory(QWEN, configured(), HARDWARE, 80e9).limit == HARDWARE.sampler.gpu_memory_utilization * 80e9
+
+
+def test_a_sampler_in_fp8_reads_its_layers_matrices_in_a_byte() -> None:
+    plain, fp8 = (
+        sampler_memory(QWEN, configured(*given), HARDWARE, 80e9)
+        for given in ((), ("rollout.quantization=fp8_per_block",))
+    )
+    assert plain.weights - fp8.weights == matrix_elements(QWEN) and fp8.kv_tokens > plain.kv_tokens
