@@ -3,7 +3,7 @@
 Imports neither torch nor Megatron.
 """
 
-from .checks import check_config, data_parallel_size
+from .checks import check_answers, check_config, data_parallel_size
 from .cluster import Sizes, sizes_of
 from .errors import SharedUserError, UserError
 from .help import format_help
@@ -76,6 +76,7 @@ __all__ = [
     "Sizes",
     "TrackingConfig",
     "UserError",
+    "check_answers",
     "check_config",
     "data_parallel_size",
     "format_help",

@@ -39,6 +39,28 @@ def check_config(config: Config) -> None:
         raise UserError(*problems)
 
 
+def check_answers(config: Config) -> None:
+    """Refuse answers that leave no room for a prompt: of a run, whose answers the configuration has the length of.
+
+    Raises:
+        UserError: with all the problems found.
+    """
+    room = config.rollout.max_model_len
+    if config.rollout.replay is not None or room is None:
+        return
+    lengths = {
+        "generation.max_tokens": config.generation.max_tokens,
+        "evaluation.max_tokens": config.evaluation.max_tokens,
+    }
+    problems = [
+        f"{key} = {length} leaves no room for a prompt within rollout.max_model_len = {room}; raise that"
+        for key, length in lengths.items()
+        if length is not None and length >= room
+    ]
+    if problems:
+        raise UserError(*problems)
+
+
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     """World size / (TP x PP x CP).
 
@@ -202,13 +224,6 @@ def _rollout(config: Config) -> Iterator[str]:
             "parallel.distributed_timeout_minutes, in which the other ranks give up on a transfer; "
             "lower it or raise that"
         )
-    room = rollout.max_model_len
-    for key, answer in (
-        ("generation.max_tokens", config.generation.max_tokens),
-        ("evaluation.max_tokens", config.evaluation.max_tokens),
-    ):
-        if rollout.replay is None and room is not None and answer is not None and answer >= room:
-            yield f"{key} = {answer} leaves no room for a prompt within rollout.max_model_len = {room}; raise that"
     if rollout.transfer == "ipc" and not rollout.colocated:
         yield (
             "rollout.transfer = ipc needs rollout.colocated=true, which is false: it is for GPUs that servers share "

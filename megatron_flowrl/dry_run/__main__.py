@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_flowrl.cli import TRAIN_SECTIONS
-from megatron_flowrl.config import Config, UserError, check_config, data_parallel_size, load_config
+from megatron_flowrl.config import Config, UserError, check_answers, check_config, data_parallel_size, load_config
 from megatron_flowrl.dry_run.layout import LayoutError, check_ranks
 from megatron_flowrl.dry_run.small import SmallRun, on_a_cpu, small_run
 from megatron_flowrl.dry_run.step import pack_step
@@ -71,6 +71,7 @@ def dry_run(config: Config, gpus: int, *, small: bool, timeout: float) -> None:
 def checked(config: Config, gpus: int) -> tuple[Architecture, int]:
     """The model's shape and the data-parallel size. Raises UserError for what does not fit together."""
     check_config(config)
+    check_answers(config)
     replicas = data_parallel_size(config.parallel, gpus)
     architecture = find_shapes(config.model.path).architecture
     check_layout(architecture, config)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from megatron_flowrl.config import Config, Sizes, UserError, check_config, data_parallel_size, sizes_of
+from megatron_flowrl.config import Config, Sizes, UserError, check_answers, check_config, data_parallel_size, sizes_of
 from megatron_flowrl.model.architecture import Architecture
 from megatron_flowrl.model.layout import check_layout, max_sequence_length
 from megatron_flowrl.model.objective import build_objective
@@ -65,6 +65,8 @@ def check_run(config: Config, cluster: Cluster, gpu: Gpu, workload: Workload) ->
     problems: list[str] = []
     with _collected(problems):
         check_config(config)
+    with _collected(problems):
+        check_answers(config)
     shapes = sizes = objective = None
     replicas = 1
     with _collected(problems):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import NoReturn
 
-from megatron_flowrl.config import Config, SharedUserError
+from megatron_flowrl.config import Config, SharedUserError, check_answers
 from megatron_flowrl.observe.log import logger, progress
 from megatron_flowrl.observe.profile import profiled
 from megatron_flowrl.observe.timers import Timers
@@ -31,6 +31,8 @@ from megatron_flowrl.training.trainer import Trainer, mini_batches
 
 def train(config: Config, world: World) -> None:
     """Train a policy as the configuration says, from where the run's folder says. Raises UserError."""
+    with alike():
+        check_answers(config)
     with prepared(config, world) as session, overseen(session) as oversight, ExitStack() as stack:
         inputs = read_inputs(session, RunFolder(config).logs)
         journal = Journal(session, critic=inputs.objective.needs.values)

@@ -8,6 +8,7 @@ from megatron_flowrl.config import (
     Config,
     ParallelConfig,
     UserError,
+    check_answers,
     check_config,
     data_parallel_size,
     load_config,
@@ -93,12 +94,6 @@ BAD = [
     (["rollout.replay=x", "rollout.hang_seconds=60"], "rollout.hang_seconds = 60.0 has no effect", "rollout.replay"),
     (["rollout.replay=x", "rollout.max_restarts=0"], "rollout.max_restarts = 0 has no effect", "rollout.replay"),
     (["rollout.replay=x", URLS], "generation.urls = ", "with rollout.replay"),
-    (["rollout.max_model_len=1024"], "generation.max_tokens = 1024", "rollout.max_model_len = 1024; raise that"),
-    (
-        ["rollout.max_model_len=1025", "evaluation.max_tokens=2000"],
-        "evaluation.max_tokens = 2000",
-        "rollout.max_model_len = 1025; raise that",
-    ),
     (["generation.urls=[localhost]"], "'localhost' is not an address", "http://127.0.0.1:8000"),
     (
         ["generation.urls=[http://a:1,http://a:1]"],
@@ -161,6 +156,25 @@ def test_contradiction_is_named_with_its_cure(overrides, fact, cure):
         check_config(load_config(None, [MODEL, *overrides]))
     (problem,) = raised.value.problems
     assert fact in problem and cure in problem
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["rollout.max_model_len=1024"], "generation.max_tokens = 1024 leaves no room"),
+        (["rollout.max_model_len=1025", "evaluation.max_tokens=2000"], "evaluation.max_tokens = 2000 leaves no room"),
+        (["rollout.max_model_len=1025"], None),
+        (["rollout.max_model_len=64", "rollout.replay=x"], None),
+    ],
+)
+def test_a_runs_answers_leave_room_for_a_prompt(overrides, said):
+    config = load_config(None, [MODEL, *overrides])
+    check_config(config)  # a server alone has no answers
+    if said is None:
+        check_answers(config)
+        return
+    with pytest.raises(UserError, match=said):
+        check_answers(config)
 
 
 @pytest.mark.parametrize(("overrides", "fact", "cure"), BAD, ids=[" ".join(case[0]) for case in BAD])
