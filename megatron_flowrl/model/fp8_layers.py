@@ -3,8 +3,8 @@
 They are the torch layers, with the same names, parameters and checkpoint entries; only their products differ
 (ops/fp8_linear.py). As with Transformer Engine, each tensor-parallel rank scales its own part of a weight, and
 gathered input and output gradients are scaled as wholes; embeddings, attention, norms, the output layer, log Z and the
-objective stay in the model's dtype. Delayed scales are in no checkpoint: they begin anew with a run's next start. Those
-of gradients are updated with the next forward pass, which in a pipeline may be before the backward pass.
+objective stay in the model's dtype. Delayed scales are in no checkpoint: they begin anew with a run's next start. They
+are updated at the next forward pass, which in a pipeline may be before the backward pass of the one before.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_flowrl.model.torch_layers import NormColumnParallelLinear
 from megatron_flowrl.ops.fp8_linear import Fp8Products, fp8_linear
 
 
-class _Fp8Linear:
+class _InFp8:
     """For a parallel linear layer of Megatron: its product, which it has in a method, by FP8 numbers."""
 
     def __init__(self, *args: Any, precision: PrecisionConfig, **kwargs: Any) -> None:
@@ -51,16 +51,16 @@ class _Fp8Linear:
         return fp8_linear(input, weight, bias, self.fp8, group=group, sequence_parallel=sequence_parallel)
 
 
-class Fp8NormColumnParallelLinear(_Fp8Linear, NormColumnParallelLinear):
+class Fp8NormColumnParallelLinear(_InFp8, NormColumnParallelLinear):
     """RMSNorm, then a column-parallel linear layer in FP8."""
 
 
-class Fp8RowParallelLinear(_Fp8Linear, RowParallelLinear):
+class Fp8RowParallelLinear(_InFp8, RowParallelLinear):
     """A row-parallel linear layer in FP8."""
 
 
 def with_precision(module: type, precision: PrecisionConfig) -> ModuleSpec:
-    """One of the above, for a layer specification."""
+    """Either of these two layers, for a layer specification: Megatron gives the rest when it builds it."""
     return ModuleSpec(module=module, params={"precision": precision})
 
 

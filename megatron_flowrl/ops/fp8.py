@@ -58,7 +58,7 @@ def scale_for(magnitudes: Tensor, form: Format, *, power_of_two: bool, margin: i
     # PyTorch divides a number by a tensor through the reciprocal, rounded twice: values on an edge fall otherwise then.
     scale = torch.full_like(magnitudes, LARGEST[form]) / magnitudes / 2.0**margin
     if power_of_two:
-        scale = torch.exp2(torch.floor(torch.log2(scale)))
+        scale = torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent - 1)
     usable = (magnitudes > 0) & magnitudes.isfinite()
     return torch.where(usable, scale.clamp(max=torch.finfo(torch.float32).max), 1.0)
 

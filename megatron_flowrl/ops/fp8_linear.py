@@ -19,7 +19,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_flowrl.ops.fp8 import COLUMN, LARGEST, ROW, SQUARE, Block, Format, Quantized, largest_magnitudes, quantize
+from megatron_flowrl.ops.fp8 import (
+    COLUMN,
+    ROW,
+    SQUARE,
+    Block,
+    Format,
+    Quantized,
+    largest_magnitudes,
+    quantize,
+    scale_for,
+)
 from megatron_flowrl.ops.matmul import Matmul
 
 
@@ -50,8 +60,7 @@ class DelayedScale:
     def __init__(self, form: Format, margin: int, history_len: int, algo: Literal["most_recent", "max"]) -> None:
         self.scale = torch.ones(1, 1)
         self.history = torch.zeros(history_len)
-        self._largest = LARGEST[form] / 2.0**margin
-        self._algo = algo
+        self._form, self._margin, self._algo = form, margin, algo
 
     def take(self, values: Tensor) -> Tensor:
         """The scale for these values [M, N], whose largest magnitude is remembered."""
@@ -59,14 +68,19 @@ class DelayedScale:
         return self.scale
 
     def update(self, present: Tensor) -> None:
-        """The pass is over, on all ranks; `present` is the largest magnitude on any of them."""
+        """A training pass is over, on all ranks; `present` is the largest magnitude on any of them."""
         self.history[0] = present
         amax = self.history.amax() if self._algo == "max" else self.history[0]
         if amax > 0 and amax.isfinite():
-            scale = torch.full_like(self.scale, self._largest) / amax
-            self.scale = scale.clamp(max=torch.finfo(torch.float32).max)
+            self.scale = scale_for(amax.view(1, 1), self._form, power_of_two=False, margin=self._margin)
         self.history = self.history.roll(-1)
         self.history[0] = 0.0
+
+
+class _TrainingPasses:
+    """Of all models of this process: where one ends, every layer's delayed scales are updated, frozen ones' too."""
+
+    begun = 0
 
 
 class Fp8Products:
@@ -87,32 +101,43 @@ class Fp8Products:
     ) -> None:
         self._recipe = RECIPES[recipe]
         self._of_gradients: Format = "e5m2" if formats == "hybrid" else "e4m3"
-        self._group = group
-        self._delayed: dict[str, DelayedScale] = {}
-        self._pass_over = False
+        self._group, self._history_len = group, history_len
+        self._trained_in = self._updated_to = _TrainingPasses.begun
+        self.delayed: dict[str, DelayedScale] = {}
         if recipe == "delayed":
             for name in ("input", "weight", "gradient"):
-                self._delayed[name] = DelayedScale(self._form(name), margin, history_len, algo)
+                self.delayed[name] = DelayedScale(self._form(name), margin, history_len, algo)
 
     def _form(self, name: str) -> Format:
         return self._of_gradients if name == "gradient" else "e4m3"
 
     def begin(self) -> None:
-        """A forward pass: scales are updated by the training pass before. All ranks of the group together."""
-        if self._pass_over and self._delayed:
-            largest = torch.stack([scale.history[0] for scale in self._delayed.values()])
-            if self._group is not None:
-                dist.all_reduce(largest, dist.ReduceOp.MAX, self._group)
-            for scale, present in zip(self._delayed.values(), largest, strict=True):
-                scale.update(present)
-        self._pass_over = torch.is_grad_enabled()
+        """A forward pass: scales are updated by the training passes before. All ranks of the group together."""
+        if not self.delayed:
+            return
+        over = _TrainingPasses.begun
+        if torch.is_grad_enabled():
+            if self._trained_in == _TrainingPasses.begun:  # this layer's second: the first layer of a new pass
+                _TrainingPasses.begun += 1
+            self._trained_in = _TrainingPasses.begun
+            over = _TrainingPasses.begun - 1
+        missed, self._updated_to = over - self._updated_to, over
+        if missed <= 0:
+            return
+        largest = torch.stack([scale.history[0] for scale in self.delayed.values()])
+        if self._group is not None:
+            dist.all_reduce(largest, dist.ReduceOp.MAX, self._group)
+        for scale, present in zip(self.delayed.values(), largest, strict=True):
+            scale.update(present)
+            for _ in range(min(missed - 1, self._history_len)):  # passes in which this layer had no part
+                scale.update(torch.zeros(()))
 
     def quantized(self, name: Literal["input", "weight", "gradient"], values: Tensor) -> Sequence[Quantized]:
         """values [M, N], as factors whose rows, and whose columns, are summed."""
         recipe, form = self._recipe, self._form(name)
         of_weight = name == "weight"
         blocks = (recipe.weight_rows, recipe.weight_columns) if of_weight else (recipe.rows, recipe.columns)
-        scale = self._delayed[name].take(values) if self._delayed else None
+        scale = self.delayed[name].take(values) if self.delayed else None
         by_rows = quantize(values, form, blocks[0], scale)
         return by_rows, by_rows if blocks[0] == blocks[1] else quantize(values, form, blocks[1], scale)
 

@@ -1,9 +1,10 @@
-"""Notices that a rank's whole process stands still, or its node, at any time of a run.
+"""Notices, from a run's first update on, that a rank's whole process stands still, or its node.
 
 Such a rank can say nothing itself. So every rank writes a few times a minute into the store through which the ranks
 found one another, and reads what the next rank in a ring writes: two small messages a rank, however many there are. Of
-several neighbours that stand still, the last has a neighbour that does not. A store that answers nobody is on a node
-that stands still; one that refuses has ended with its launcher, of which a run hears otherwise (training/notice.py).
+several that stand still, one after another in the ring, the first has a neighbour that does not. Where the store itself
+does not answer nothing can be told, and collectives' own limits apply; a launcher that has ended is heard of otherwise
+(training/notice.py).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import threading
 import time
 from datetime import timedelta
 
-from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore
 
 from megatron_flowrl.observe.log import logger
@@ -22,7 +23,7 @@ from megatron_flowrl.platform.distributed import World
 
 _SAY_SECONDS = 5.0
 _SILENT_SECONDS = 60.0  # beyond what the watchdog leaves a rank whose interpreter is locked, which has its stacks
-_CONNECT_SECONDS = 60.0
+_CONNECT_SECONDS = 20.0
 _ENDED = "ended"
 
 
@@ -53,19 +54,15 @@ class Liveness:
 
     def trouble(self, now: float) -> str | None:
         """Who is silent at this time, in words."""
-        if self._thread is None or self._over:
+        silent = now - self._heard
+        if self._thread is None or self._over or silent <= _SILENT_SECONDS:
             return None
-        if now - self._answered > _SILENT_SECONDS:
-            return (
-                f"the store at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} has not answered for "
-                f"{now - self._answered:.0f} s: its launcher or node stands still"
-            )
-        if now - self._heard > _SILENT_SECONDS:
-            return (
-                f"rank {self._next} on {self._host} has given no sign of life for {now - self._heard:.0f} s: "
-                "its process or node stands still"
-            )
-        return None
+        if now - self._answered > _SILENT_SECONDS / 2:  # the store is silent
+            return None
+        return (
+            f"rank {self._next} on {self._host} has given no sign of life for {silent:.0f} s: its process or node "
+            "stands still"
+        )
 
     def close(self) -> None:
         """Say that it ends, so that its silence from now on troubles nobody."""
@@ -75,21 +72,26 @@ class Liveness:
 
     def _run(self) -> None:
         try:
-            store = PrefixStore(self._name, self._connected())
-            said, host, before = 0, socket.gethostname(), ""
-            while not self._stop.wait(_SAY_SECONDS if said else 0.0):
-                said += 1
-                store.set(str(self._world.rank), f"{said} {host}")
-                word = store.get(str(self._next)).decode() if store.check([str(self._next)]) else ""
-                self._answered = time.monotonic()
-                if word != before:
-                    before, self._heard = word, self._answered
-                    self._host = word.partition(" ")[2]
-                self._over = word == _ENDED
-            store.set(str(self._world.rank), _ENDED)
-        except DistError as error:
-            self._over = True
+            self._say_and_hear(PrefixStore(self._name, self._connected()))
+        except Exception as error:  # a watcher that fails must not end what it watches
             logger.debug("rank %d does not see whether others live: %s", self._world.rank, error)
+        finally:
+            self._over = True
+
+    def _say_and_hear(self, store: PrefixStore) -> None:
+        said, host, before = 0, socket.gethostname(), ""
+        self.forgive()
+        while not self._stop.wait(_SAY_SECONDS if said else 0.0):
+            said += 1
+            store.set(str(self._world.rank), f"{said} {host}")
+            word = store.get(str(self._next)).decode() if store.check([str(self._next)]) else ""
+            self._answered = time.monotonic()
+            if word != before:
+                before, self._heard = word, self._answered
+                self._host = word.partition(" ")[2]
+            if word == _ENDED:
+                self._over = True
+        store.set(str(self._world.rank), _ENDED)
 
     @staticmethod
     def _connected() -> TCPStore:

@@ -1,9 +1,9 @@
 """Notices a rank that makes no progress, says where every rank stands, and ends the run for a cluster to start anew.
 
-A process that stands still as a whole is seen by another rank, at any time (training/liveness.py). Otherwise a step's
-passes and updates are watched, from `step` to `done`: what waits for servers, graders or disks has time limits of its
-own. A thread on each rank looks once a second whether the rank has given a sign of progress: a micro-batch (`sign`), a
-pass or an update (`beat`). Where there is none for run.hang_seconds, or the step takes run.slow_step_factor
+A process that stands still as a whole is seen by another rank, between steps too (training/liveness.py). Otherwise a
+step's passes and updates are watched, from `step` to `done`: what waits for servers, graders or disks has time limits
+of its own. A thread on each rank looks once a second whether the rank has given a sign of progress: a micro-batch
+(`sign`), a pass or an update (`beat`). Where there is none for run.hang_seconds, or the step takes run.slow_step_factor
 times the median of those before, it leaves word in the run's folder; all ranks, who look there, write the stacks of
 their threads beside it. The ranks that are behind the others, or wait for nobody, are named, and the process ends,
 which has its launcher end the others.
@@ -227,8 +227,8 @@ def conclusion(standing: list[dict[str, Any]], size: int) -> list[str]:
     lines = [f"rank {rank} has written nothing: it, or its node, is gone or cannot run" for rank in silent]
     least = min((one["beats"] for one in standing), default=0)
     behind = [one for one in standing if one["beats"] == least]
-    if len(behind) == len(standing):  # all equally far: who waits for nobody holds the others up
-        behind = [one for one in standing if one["collective"] is None]
+    if len(behind) == len(standing):  # all equally far: who waits for nobody holds the others up, unless one is silent
+        behind = [one for one in standing if one["collective"] is None and not silent]
         why = "waits for no other rank"
     else:
         why = "is behind the others"

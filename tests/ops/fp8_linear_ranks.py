@@ -50,9 +50,22 @@ def check(recipe: str, cut: bool) -> None:
         torch.testing.assert_close(of_ranks, of_one, rtol=1e-5, atol=1e-5 * of_one.abs().max().item())
 
 
+def check_common_scales() -> None:
+    """Delayed scales are of the largest magnitude on any rank."""
+    group = dist.group.WORLD
+    assert group is not None
+    products = Fp8Products("delayed", "e4m3", group=group)
+    x, w = torch.full((16, 32), 2.0 ** group.rank()), torch.ones(16, 32, requires_grad=True)
+    for _ in range(2):
+        fp8_linear(x, w, None, products).sum().backward()
+    largest = 2.0 ** (group.size() - 1)
+    assert products.delayed["input"].scale.item() == 448 / largest and products.delayed["weight"].scale.item() == 448
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     torch.manual_seed(0)
+    check_common_scales()
     for recipe in RECIPES:
         for cut in (False, True):
             check(recipe, cut)

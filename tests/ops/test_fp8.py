@@ -91,3 +91,12 @@ def test_zeros_have_a_scale_of_one() -> None:
 def test_a_margin_leaves_room() -> None:
     magnitudes = torch.tensor([[7.0]])
     assert scale_for(magnitudes, "e4m3", power_of_two=False, margin=2).item() == 16.0
+
+
+@pytest.mark.parametrize("power", [0, 5, 9])
+def test_a_power_of_two_is_rounded_down_however_close_the_next_is(power: int) -> None:
+    """A logarithm in fp32 would round up to it, and the largest number would be cut."""
+    edge = torch.tensor([[448.0 * 2**power]])
+    above = torch.nextafter(edge, torch.tensor(torch.inf))
+    assert quantize(edge, "e4m3", ROW).inverse.item() == 2.0**power
+    assert quantize(above, "e4m3", ROW).inverse.item() == 2.0 ** (power + 1)

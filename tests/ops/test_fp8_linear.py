@@ -133,6 +133,21 @@ def test_passes_without_gradients_do_not_move_delayed_scales() -> None:
     assert not torch.equal(fp8_linear(x, w, None, products), third)
 
 
+def test_a_frozen_layers_scales_move_with_the_passes_of_the_trained() -> None:
+    """As Transformer Engine updates those of all modules where a training pass ends: a reference is scaled, too."""
+    x, w = numbers(0)["x"], numbers(0)["w"]
+    trained, frozen = (Fp8Products("delayed", "e4m3", history_len=2, algo="max") for _ in range(2))
+    with torch.no_grad():
+        first = fp8_linear(x, w, None, frozen)
+    for _ in range(2):  # in the second the first is over
+        fp8_linear(x, w.requires_grad_(), None, trained)
+    with torch.no_grad():
+        second, third = (fp8_linear(x, w, None, frozen) for _ in range(2))
+    assert not torch.equal(first, second) and torch.equal(second, third)
+    largest = x.float().abs().max()
+    assert frozen.delayed["input"].scale.item() == pytest.approx(448 / largest.item())
+
+
 @pytest.mark.distributed
 @pytest.mark.timeout(120)
 def test_two_ranks_give_what_one_gives() -> None:

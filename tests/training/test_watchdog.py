@@ -88,11 +88,12 @@ def standing(rank: int, collective: str | None, beats: int = 5) -> dict[str, Any
 
 
 def test_who_holds_the_others_up() -> None:
-    lines = conclusion([standing(0, "all_reduce"), standing(1, None)], 3)
-    assert lines == [
-        "rank 2 has written nothing: it, or its node, is gone or cannot run",
-        "rank 1 on h1 waits for no other rank: no progress, at x.py:1 (f)",
-    ]
+    lines = conclusion([standing(0, "all_reduce"), standing(1, None)], 2)
+    assert lines == ["rank 1 on h1 waits for no other rank: no progress, at x.py:1 (f)"]
+    silent = "rank 2 has written nothing: it, or its node, is gone or cannot run"
+    assert conclusion([standing(0, "all_reduce"), standing(1, None)], 3) == [silent]  # the others may just be elsewhere
+    lines = conclusion([standing(0, None, 7), standing(1, "all_reduce", 6)], 3)
+    assert lines == [silent, "rank 1 on h1 is behind the others: no progress, at x.py:1 (f)"]
     lines = conclusion([standing(0, None, 7), standing(1, None, 6), standing(2, None, 7)], 3)  # as on GPUs
     assert lines == ["rank 1 on h1 is behind the others: no progress, at x.py:1 (f)"]
     lines = conclusion([standing(0, "all_reduce"), standing(1, "barrier")], 2)
@@ -119,8 +120,9 @@ def test_a_rank_that_stands_still(tmp_path: Path) -> None:
 def test_a_rank_that_is_stopped_between_steps(tmp_path: Path) -> None:
     done = run_module("tests.training.hang_worker", [str(tmp_path), "stopped"], 2, timeout=150)
     assert done.returncode != 0
-    assert re.search(r"rank 0 on \S+: rank 1 on \S+ has given no sign of life for [89] s", done.stdout)
+    assert re.search(r"rank 0 on \S+: rank 1 on \S+ has given no sign of life for \d+ s", done.stdout)
     assert "rank 1 has written nothing: it, or its node, is gone or cannot run" in done.stdout
+    assert "waits for no other rank" not in done.stdout  # rank 0 is not accused
     assert "stands_still" in next(tmp_path.glob("hang_*/rank_0.txt")).read_text()
 
 
