@@ -33,7 +33,8 @@ class RunConfig:
     over; in the first step four times as long); after them where every rank stands is written to run.folder/logs, and
     the run is ended, for a cluster to start it anew. null: on CPUs four fifths of
     parallel.distributed_timeout_minutes, after which collectives end without such words; on GPUs that, and at most 90:
-    give more where a micro-batch takes longer. 0: never."""
+    give more where a micro-batch takes longer. A process that stands still as a whole ends the run after a minute,
+    whatever this is. 0: nothing of this."""
 
     slow_step_factor: Annotated[float, Field(gt=1)] = 10.0
     """The same where these take so many times their median, and a minute or more."""

@@ -1,4 +1,4 @@
-"""Training in emulated FP8: on-policy as exact as in bf16, in every layout; and what is kept out of FP8 is."""
+"""Training in emulated FP8: on-policy as exact as in bf16, on one rank and with every kind of parallelism."""
 
 from __future__ import annotations
 
@@ -50,11 +50,22 @@ def test_delayed_scales_have_a_history(task: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(200)
+def test_delayed_scales_are_common_to_all_replicas(task: Path) -> None:
+    """Each layer's update is a collective inside a forward pass: the reference's and the old pass's as well."""
+    given = arguments(task, task / "records", task / "dp2", **FP8, precision__fp8_recipe="delayed")
+    done = run_module("megatron_flowrl", given, 2)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert all(line["update/grad_norm"] > 0 for line in metrics_of(task / "dp2"))
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(200)
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
         ("tp2", {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True}),
         ("pp2", {"parallel__pipeline_model_parallel_size": 2, "precision__first_last_layers_bf16": True}),
+        ("cp2", {"parallel__context_parallel_size": 2}),
     ],
 )
 def test_in_a_layout(name: str, settings: dict[str, Any], task: Path) -> None:
