@@ -123,8 +123,7 @@ def measure(policy: Path, reference: Path, settings: list[str], sequences: list[
 
     old = freeze(build_parallel_model(architecture, earlier, platform))
     load_weights(old, open_source(earlier, architecture))
-    tokens = by_answer([output.log_probs for output in forward_only(old.chunks, batches, config.log_prob)], batches)
-    of_reference = torch.stack([one.sum() for one in tokens])
+    of_reference = torch.zeros(len(sequences))
 
     model = build_parallel_model(architecture, config, platform)
     load_weights(model, open_source(config, architecture))
@@ -138,6 +137,8 @@ def measure(policy: Path, reference: Path, settings: list[str], sequences: list[
         return (sums - of_reference[index] - BETA * rewards[index]).square().sum() / len(sequences)
 
     for _ in range(SETTLED):
+        tokens = by_answer([output.log_probs for output in forward_only(old.chunks, batches, config.log_prob)], batches)
+        of_reference.copy_(torch.stack([one.sum() for one in tokens]))
         outputs = forward_only(model.chunks, batches, config.log_prob)
         in_update.clear()
         for chunk in model.chunks:
