@@ -34,9 +34,11 @@ def serve(arguments: Sequence[str]) -> None:
     config, _ = settings("serve", given, sections, given.model)
     check_config(config)
     from megatron_flowrl.checkpoint.locate import locate_model
+    from megatron_flowrl.rollout.health import hang_seconds_of
     from megatron_flowrl.rollout.serve import make_servers, servable, serve
+    from megatron_flowrl.rollout.server import visible_gpus
 
     trained = given.for_training
     model = locate_model(config.model.path).hugging_face if trained else servable(config.model.path)
     servers = make_servers(config, model, Path(given.logs), random_weights=trained)
-    serve(servers, config.rollout.max_restarts)
+    serve(servers, config.rollout.max_restarts, hang_seconds_of(config.rollout.hang_seconds, visible_gpus()))

@@ -289,8 +289,8 @@ class RolloutConfig:
 
     hang_seconds: NonNegativeFloat | None = None
     """How long a server that was asked for answers may go without making or reading a token: then its prompts go
-    elsewhere, and it is ended and started again, unless it runs elsewhere (generation.urls). null: 90 on GPUs, 600 on
-    CPUs. 0: for ever."""
+    elsewhere, and it is ended and started again; those of generation.urls by the `serve` that they are of. null: 90 on
+    GPUs, 600 on CPUs. 0: for ever."""
 
     replay: Annotated[str, Field(min_length=1)] | None = None
     """Folder of recorded rollouts, RUN/rollouts of some run, to train on instead of sampling: no server is started."""

@@ -27,7 +27,7 @@ from megatron_flowrl.observe.log import logger
 from megatron_flowrl.rollout.control import ServerControl, on_each
 from megatron_flowrl.rollout.errors import BadReply, Refused, ReplyError, ServerError, Unreachable
 from megatron_flowrl.rollout.generation import ROUTE, Answer, Job
-from megatron_flowrl.rollout.health import Health
+from megatron_flowrl.rollout.health import Health, hang_seconds_of
 from megatron_flowrl.rollout.http import HttpLoop
 from megatron_flowrl.rollout.replica import Replica, State
 from megatron_flowrl.rollout.server import VllmServer, visible_gpus
@@ -476,10 +476,5 @@ def make_fleet(config: Config, http: HttpLoop, targets: Sequence[VllmServer | st
         request_timeout=generation.request_timeout_seconds,
         max_retries=generation.max_retries,
         max_restarts=rollout.max_restarts,
-        hang_seconds=_hang_seconds(rollout.hang_seconds),
+        hang_seconds=hang_seconds_of(rollout.hang_seconds, visible_gpus()),
     )
-
-
-def _hang_seconds(given: float | None) -> float:
-    """A GPU makes tokens all the time; a CPU may read a long prompt for minutes."""
-    return given if given is not None else 90.0 if visible_gpus() else 600.0

@@ -6,8 +6,9 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -16,9 +17,11 @@ from megatron_flowrl.config import Config, UserError
 from megatron_flowrl.model.architecture import Architecture, read_architecture
 from megatron_flowrl.observe.log import logger
 from megatron_flowrl.rollout.errors import ServerError
+from megatron_flowrl.rollout.health import Standstill, tokens_under_way
 from megatron_flowrl.rollout.server import VllmServer, resources, visible_gpus
 
 _LOOK_SECONDS = 0.5
+_LOOK_AT_METRICS_SECONDS = 5.0
 _SEEDS_A_SERVER = 1000  # one for each time it is started
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -101,11 +104,39 @@ def servable(path: str) -> Path:
     return folder.hugging_face
 
 
-def serve(servers: Sequence[VllmServer], max_restarts: int) -> None:
+class _Watch:
+    """Of one server: why it is to be started again, if it is. `hang_seconds` 0: only where it has ended."""
+
+    def __init__(self, server: VllmServer, hang_seconds: float) -> None:
+        self._server, self._hang_seconds = server, hang_seconds
+        self.begin()
+
+    def begin(self) -> None:
+        """It was started, and is ready."""
+        self._standstill = Standstill(self._hang_seconds, self._server.settings.start_timeout_seconds)
+        self._looked = self._answered = time.monotonic()
+
+    def trouble(self) -> str | None:
+        """After a word like its address."""
+        if not self._server.is_running():
+            return "ended by itself"
+        if not self._hang_seconds or time.monotonic() - self._looked < _LOOK_AT_METRICS_SECONDS:
+            return None
+        tokens = None
+        with suppress(OSError):
+            tokens = tokens_under_way(self._server.text("/metrics", _LOOK_AT_METRICS_SECONDS))
+            self._answered = time.monotonic()
+        self._looked = time.monotonic()
+        if self._looked - self._answered > self._hang_seconds or self._standstill.seen(tokens, self._looked):
+            return f"has made no token in {self._hang_seconds:.0f} s though it was asked to (rollout.hang_seconds)"
+        return None
+
+
+def serve(servers: Sequence[VllmServer], max_restarts: int, hang_seconds: float) -> None:
     """Start the servers, print {"urls": [...]} when all are ready, and keep them until a signal to stop.
 
-    One that ends by itself is started again at its address, `max_restarts` times. Raises ServerError, after ending the
-    others, where one does not start, or has used that up.
+    One that ends by itself, or does nothing for `hang_seconds` of what it was asked, is started again at its address,
+    `max_restarts` times. Raises ServerError, after ending the others, where one does not start, or has used that up.
     """
     stop = threading.Event()
 
@@ -124,10 +155,13 @@ def serve(servers: Sequence[VllmServer], max_restarts: int) -> None:
                 logger.info("all servers are ready")
                 print(json.dumps({"urls": [server.url for server in servers]}), flush=True)
             left = {server.url: max_restarts for server in servers}
+            watches = {server.url: _Watch(server, hang_seconds) for server in servers}
             while not stop.wait(_LOOK_SECONDS):
                 for server in servers:
-                    if not server.is_running():
-                        _start_again(server, left, stop)
+                    trouble = watches[server.url].trouble()
+                    if trouble is not None:
+                        _start_again(server, trouble, left, stop)
+                        watches[server.url].begin()
             logger.info("stopping")
             for server in servers:
                 server.ask_to_stop()  # all at once; leaving waits for each
@@ -136,11 +170,11 @@ def serve(servers: Sequence[VllmServer], max_restarts: int) -> None:
             signal.signal(number, handler)
 
 
-def _start_again(server: VllmServer, left: dict[str, int], stop: threading.Event) -> None:
+def _start_again(server: VllmServer, trouble: str, left: dict[str, int], stop: threading.Event) -> None:
     if not left[server.url]:
-        raise server.failure("ended by itself")
+        raise server.failure(trouble)
     left[server.url] -= 1
-    logger.warning("%s ended by itself and is started again%s", server.url, server.last_words())
+    logger.warning("%s %s and is started again%s", server.url, trouble, server.last_words())
     server.stop()
     try:
         server.start_again(same_port=True)

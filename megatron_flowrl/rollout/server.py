@@ -181,12 +181,20 @@ class VllmServer:
 
     def get(self, path: str, timeout: float) -> Any:
         """The JSON that the server answers, None for an empty answer. Raises OSError where it does not answer well."""
+        body = self.text(path, timeout)
+        try:
+            return json.loads(body) if body.strip() else None
+        except ValueError as error:
+            raise OSError(f"{self.url}{path} did not answer JSON: {error}") from error
+
+    def text(self, path: str, timeout: float) -> str:
+        """What the server answers. Raises OSError where it does not answer well."""
         try:
             with _DIRECTLY.open(f"{self.url}{path}", timeout=timeout) as reply:
                 body: bytes = reply.read()
-            return json.loads(body) if body.strip() else None
-        except (ValueError, http.client.HTTPException) as error:
-            raise OSError(f"{self.url}{path} did not answer JSON: {error}") from error
+        except http.client.HTTPException as error:
+            raise OSError(f"{self.url}{path} did not answer: {error}") from error
+        return body.decode(errors="replace")
 
     def ask_to_stop(self) -> None:
         """Let the guard end the server, and return at once."""

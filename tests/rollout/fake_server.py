@@ -4,7 +4,8 @@ It starts a child of its own, holds a file in /dev/shm, and answers /health and 
 the process ids, FOLDER/shared the name of the file, FOLDER/temporary that of a temporary one,
 FOLDER/environment the environment.
 MODE: normal; dies (after a message); silent (never answers); stubborn (ignores SIGTERM, and so does its child);
-crashes (kills itself without tidying up, when asked for /crash).
+crashes (kills itself without tidying up, when asked for /crash); stuck (its metrics have work, and no token more);
+idle (they have no work).
 """
 
 from __future__ import annotations
@@ -20,12 +21,18 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+REPLIES = {"/health": b"", "/get_world_size": b'{"world_size": 1}', "/odd": b"<html>"}
+
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/crash":
             os.kill(os.getpid(), signal.SIGKILL)
-        body = {"/health": b"", "/get_world_size": b'{"world_size": 1}', "/odd": b"<html>"}.get(self.path)
+        running = {"stuck": 2, "idle": 0}.get(sys.argv[2])
+        if self.path == "/metrics" and running is not None:
+            body = b'vllm:num_requests_running{engine="0"} %d\nvllm:generation_tokens_total{engine="0"} 7.0\n' % running
+        else:
+            body = REPLIES.get(self.path)
         self.send_response(200 if body is not None else 404)
         self.end_headers()
         self.wfile.write(body or b"")

@@ -103,6 +103,23 @@ def test_one_that_ends_by_itself_is_started_again_where_it_was(tmp_path: Path, m
     assert not any(map(is_alive, processes(tmp_path)))
 
 
+@pytest.mark.parametrize("mode", ["stuck", "stopped"])
+def test_one_that_hangs_is_ended_and_started_again(mode: str, tmp_path: Path, model: Path) -> None:
+    """Its engine makes no token though it has work, or it answers nothing; one that has nothing to do is left alone."""
+    settings = ["rollout.hang_seconds=2", "rollout.start_timeout_seconds=3"]
+    command = start(tmp_path, model, f"idle,{'stuck' if mode == 'stuck' else 'idle'}", *settings)
+    assert command.stdout is not None
+    command.stdout.readline()
+    well, victim = (json.loads((tmp_path / n / "processes").read_text()) for n in "01")
+    if mode == "stopped":
+        os.kill(victim[0], signal.SIGSTOP)
+    wait_for(lambda: json.loads((tmp_path / "1" / "processes").read_text() or "[0]")[0] != victim[0], 40)
+    assert not any(map(is_alive, victim)) and all(map(is_alive, well))
+    command.send_signal(signal.SIGTERM)
+    _, errors = command.communicate(timeout=60)
+    assert "has made no token in 2 s though it was asked to (rollout.hang_seconds) and is started again" in errors
+
+
 def test_one_that_ends_too_often_ends_all(tmp_path: Path, model: Path) -> None:
     command = start(tmp_path, model, "normal,normal", "rollout.max_restarts=0")
     assert command.stdout is not None
