@@ -13,7 +13,7 @@ from megatron_flowrl.objectives.batch import Needs
 from megatron_flowrl.planning.activations import MicroBatch, stage_activations
 from megatron_flowrl.planning.compute import Machine, optimizer_time, pass_time
 from megatron_flowrl.planning.hardware import Gpu, Hardware
-from megatron_flowrl.planning.memory import RankMemory, SamplerMemory, rank_memory, sampler_memory
+from megatron_flowrl.planning.memory import RankMemory, SamplerMemory, rank_memory, sampler_memory, transfer_bytes
 from megatron_flowrl.planning.parameters import Stage, counted_stages, total_elements
 from megatron_flowrl.planning.sampling import Sampling, sampling
 from megatron_flowrl.planning.workload import RankLoad, Workload, mini_batch_load, response_lengths
@@ -76,6 +76,9 @@ def estimate(config: Config, setting: Setting, stages: Sequence[Stage] | None = 
     load = mini_batch_load(lengths, workload.prompt_tokens, rules)
     full = _full_micro_batch(rules.longest_sequence, workload)
     ranks = replicas * parallel.context_parallel_size
+    servers = num_servers(config, sizes)
+    shared = config.rollout.colocated and servers > 0
+    transfer = transfer_bytes(architecture, config, setting.hardware) if shared else 0.0
     memory = tuple(
         rank_memory(
             stage,
@@ -87,11 +90,11 @@ def estimate(config: Config, setting: Setting, stages: Sequence[Stage] | None = 
             ranks,
             reference=needs.reference,
             critic=critic,
+            transfer=transfer,
         )
         for index, (stage, critic) in enumerate(zip(stages, critics, strict=True))
     )
     sampler = sampled = None
-    servers = num_servers(config, sizes)
     if servers:
         sampler = sampler_memory(architecture, config, setting.hardware, setting.gpu.memory)
         answers = _lengths(config, setting, max(1, run.prompts_per_step * config.generation.n // servers))
@@ -193,7 +196,8 @@ def _problems(
     if shared and resident + sampler.limit > room:
         share = max(0.0, (room - resident) / room)
         found.append(
-            f"beside the {resident / 1e9:.1f} GB that training keeps, vLLM cannot have {sampler.limit / 1e9:.1f} GB: "
+            f"beside the {resident / 1e9:.1f} GB that training keeps, buffers of weight transfers among them, vLLM "
+            f"cannot have {sampler.limit / 1e9:.1f} GB: "
             f"set rollout.extra_arguments=[--gpu-memory-utilization={int(share * 100) / 100:.2f}] or less"
         )
     return found

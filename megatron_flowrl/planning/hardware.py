@@ -57,6 +57,7 @@ class SamplerCosts:
     gpu_memory_utilization: Share
     working: NonNegativeFloat
     sleeping: NonNegativeFloat
+    packed_buffer: NonNegativeFloat
 
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from megatron_flowrl.checkpoint.stream import BUCKET_BYTES
 from megatron_flowrl.config import Config
 from megatron_flowrl.model.architecture import Architecture
 from megatron_flowrl.ops.linear_log_prob import GPU_CHUNK_BYTES
@@ -47,11 +48,16 @@ class TrainableBytes:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank, by kind; `resident`: those that stay while servers on the same GPU sample."""
+    """Bytes of one rank, by kind; `resident`: those beside servers on the same GPU, the allocator's losses included.
+
+    `transfer`, a part of `resident`: buffers while weights go to the servers. A server that has to be started again
+    gets them while others sample.
+    """
 
     kinds: dict[str, float] = field(default_factory=dict)
     resident: float = 0.0
     host: float = 0.0
+    transfer: float = 0.0
 
     @property
     def total(self) -> float:
@@ -107,8 +113,9 @@ def rank_memory(
     *,
     reference: bool,
     critic: Stage | None = None,
+    transfer: float = 0.0,
 ) -> RankMemory:
-    """Of a rank of a pipeline stage at the fullest moment of an update."""
+    """Of a rank of a pipeline stage at the fullest moment of an update. `transfer`: see `transfer_bytes`."""
     costs = hardware.memory
     policy = trainable_bytes([tuple(p for p in chunk if not _is_log_z(p)) for chunk in stage], config, ranks)
     head = trainable_bytes([tuple(p for p in chunk if _is_log_z(p)) for chunk in stage], config, ranks)
@@ -142,9 +149,23 @@ def rank_memory(
     }
     tensors = sum(kinds.values()) - kinds["context"]
     kinds["fragmentation"] = tensors * costs.fragmentation
-    stays = ("weights", "gradients", "optimizer", "reference", "critic", "fp8_copies", "context")
-    resident = sum(kinds[kind] for kind in stays) + head.total
-    return RankMemory(kinds, resident, frozen if on_host else 0.0)
+    stays = ("weights", "gradients", "optimizer", "reference", "critic", "fp8_copies")
+    tensors = sum(kinds[kind] for kind in stays) + head.total
+    resident = tensors * (1 + costs.fragmentation) + kinds["context"] + transfer
+    return RankMemory(kinds, resident, frozen if on_host else 0.0, transfer)
+
+
+def transfer_bytes(architecture: Architecture, config: Config, hardware: Hardware) -> float:
+    """Of a rank on a GPU that it shares with servers, while weights go there.
+
+    The stream's buckets, or the vocabulary's matrix, a rank's part and gathered, where that is more; and the one buffer
+    that vLLM's `ipc` engine packs them into, no smaller than the largest tensor.
+    """
+    tp, itemsize = config.parallel.tensor_model_parallel_size, _rollout_itemsize(config)
+    largest = itemsize * architecture.hidden_size * max(architecture.vocab_size, architecture.ffn_hidden_size)
+    stream = max(float(BUCKET_BYTES), largest * (1 + (1 / tp if tp > 1 else 0)))
+    packed = 0.0 if config.rollout.transfer == "disk" else max(hardware.sampler.packed_buffer, largest)
+    return stream + packed
 
 
 def _fp8_copies(trained: Iterable[Chunk], frozen: Iterable[Chunk], config: Config, copies: float) -> float:
@@ -182,7 +203,7 @@ class SamplerMemory:
 
 def sampler_memory(architecture: Architecture, config: Config, hardware: Hardware, gpu_memory: float) -> SamplerMemory:
     """What vLLM takes: `--gpu-memory-utilization` of the GPU, if it can have that; what is left over caches."""
-    size, itemsize = config.rollout.tensor_parallel_size, 2 if config.rollout.dtype == "bfloat16" else 4
+    size, itemsize = config.rollout.tensor_parallel_size, _rollout_itemsize(config)
     weights = total_elements(architecture) * itemsize / size
     if config.rollout.quantization is not None:
         weights -= matrix_elements(architecture) * (itemsize - 1) / size
@@ -207,6 +228,10 @@ def memory_utilization(config: Config, hardware: Hardware) -> float:
     return hardware.sampler.gpu_memory_utilization
 
 
+def _rollout_itemsize(config: Config) -> int:
+    return 2 if config.rollout.dtype == "bfloat16" else 4
+
+
 def _is_log_z(parameter: Parameter) -> bool:
     return parameter.name.startswith("log_z")
 
@@ -220,4 +245,5 @@ __all__ = [
     "rank_memory",
     "sampler_memory",
     "trainable_bytes",
+    "transfer_bytes",
 ]

@@ -246,6 +246,7 @@ class Sampler:
         self._in_transfer = True
         troubles |= self._transfer.init([s for s in _without(servers, troubles) if not s.has_met])
         troubles |= self._transfer.send(_without(servers, troubles), version)
+        self._leave_room()
         self._in_transfer = False
         if asleep:
             troubles |= fleet.on_each(_without(servers, troubles), lambda server: server.wake_up("kv_cache"))
@@ -253,6 +254,12 @@ class Sampler:
             server.has_met = True
         fleet.resume(_without(servers, troubles), version)
         _give_up(fleet, servers, troubles)
+
+    def _leave_room(self) -> None:
+        """All ranks, after a transfer: what it took is the GPU's again before servers make keys and values there."""
+        if self._sleeps:
+            torch.cuda.empty_cache()
+            dist.barrier(group=self._group)
 
     def _wait(self) -> None:
         """Rank 0: where there is nothing to do. A sign of life, if it is time; raises Interrupted."""
@@ -285,6 +292,7 @@ class Sampler:
                 with suppress(SharedUserError):  # rank 0 has met it too, and will say so
                     self._transfer.init([])
                     self._transfer.send([], str(content))
+                    self._leave_room()
             elif what is _Next.FAIL:
                 raise SharedUserError(*content)
             elif what is _Next.END:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_flowrl.checkpoint.stream import BUCKET_BYTES
 from megatron_flowrl.config import Config, load_config
 from megatron_flowrl.planning.activations import (
     Activations,
@@ -15,7 +16,7 @@ from megatron_flowrl.planning.activations import (
     stage_activations,
 )
 from megatron_flowrl.planning.hardware import read_hardware
-from megatron_flowrl.planning.memory import RankMemory, rank_memory, sampler_memory, trainable_bytes
+from megatron_flowrl.planning.memory import RankMemory, rank_memory, sampler_memory, trainable_bytes, transfer_bytes
 from megatron_flowrl.planning.parameters import Parameter, counted_stages, matrix_elements, total_elements
 from megatron_flowrl.planning.shapes import find_shapes
 
@@ -109,6 +110,25 @@ def test_a_reference_in_host_memory_is_not_on_the_device() -> None:
     assert resident.total - none.total == pytest.approx(weights * (1 + HARDWARE.memory.fragmentation))
     assert resident.kinds["log_z"] > 8 * (2 * QWEN.hidden_size**2)
     assert resident.kinds["log_prob"] > 2**28  # the op's working memory on a GPU
+
+
+def test_what_training_keeps_beside_servers() -> None:
+    """All but activations, with the allocator's losses, and the buffers of a transfer."""
+    config = configured("parallel.tensor_model_parallel_size=2", "rollout.colocated=true")
+    (stage,) = counted_stages(QWEN, config, log_z=True)
+    vocabulary = 2 * QWEN.vocab_size * QWEN.hidden_size
+    transfer = transfer_bytes(QWEN, config, HARDWARE)
+    assert transfer == 1.5 * vocabulary + vocabulary  # a part and the whole of it in the stream; vLLM's buffer
+    found = rank_memory(stage, activations(config), config, HARDWARE, 8, reference=True, transfer=transfer)
+    gone = sum(found.kinds[kind] for kind in ("activations", "recomputation", "log_prob", "fragmentation", "context"))
+    log_z = activations(config).log_z
+    tensors = found.total - gone - log_z
+    losses = 1 + HARDWARE.memory.fragmentation
+    assert found.resident == pytest.approx(tensors * losses + found.kinds["context"] + transfer)
+    small = replace(QWEN, vocab_size=1000, hidden_size=64, ffn_hidden_size=256)
+    assert transfer_bytes(small, config, HARDWARE) == BUCKET_BYTES + HARDWARE.sampler.packed_buffer
+    disk = replace(config, rollout=replace(config.rollout, transfer="disk"))
+    assert transfer_bytes(QWEN, disk, HARDWARE) == 1.5 * vocabulary
 
 
 def test_fp8_products_have_copies_of_the_weights() -> None:
