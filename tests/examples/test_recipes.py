@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from megatron_flowrl.dry_run.__main__ import checked
 from megatron_flowrl.dry_run.layout import check_ranks
 from megatron_flowrl.dry_run.small import on_a_cpu
 from megatron_flowrl.dry_run.step import pack_step
+from megatron_flowrl.model.architecture import Architecture
+from megatron_flowrl.planning import plan as planning
+from megatron_flowrl.planning.hardware import read_hardware
+from megatron_flowrl.planning.parameters import Stage, counted_stages
 from megatron_flowrl.planning.shapes import published_models
 from megatron_flowrl.rollout.server import VllmServer
 from tests.distributed.ranks import REPOSITORY
@@ -33,7 +38,11 @@ ALL = [*BOTH, *((path, 8) for path in METHODS)]
 ABLATIONS = [
     *([f"flowrl.beta={beta}"] for beta in (5, 10, 30)),
     ["flowrl.importance_level=none"],
-    ["objective.name=gflownet_ppo", "parallel.tensor_model_parallel_size=4"],
+    [
+        "objective.name=gflownet_ppo",
+        "parallel.tensor_model_parallel_size=4",
+        "rollout.extra_arguments=[--gpu-memory-utilization, '0.35']",
+    ],
     *([f"objective.preset={preset}"] for preset in ("official", "exact", "scaled")),
     ["flowrl.log_z=group"],
     ["sampler_correction.level=token"],
@@ -89,7 +98,11 @@ def test_fp8_differs_in_fp8_alone(plain: Path, tmp_path: Path) -> None:
     config = loaded(plain.with_name(f"{plain.stem}_fp8.yaml"))
     assert (config.precision.fp8, config.precision.fp8_recipe) == ("e4m3", "blockwise")
     assert config.precision.first_last_layers_bf16 and config.rollout.quantization == "fp8_per_block"
-    assert on_a_cpu(config)[0] == loaded(plain)
+    # and in what the sampler may take, beside the copies of weights that FP8 products have
+    assert config.rollout.extra_arguments[0] == loaded(plain).rollout.extra_arguments[0] == "--gpu-memory-utilization"
+    bfloat16 = on_a_cpu(config)[0]
+    same = replace(bfloat16.rollout, extra_arguments=loaded(plain).rollout.extra_arguments)
+    assert replace(bfloat16, rollout=same) == loaded(plain)
     server = VllmServer(config.rollout, tmp_path, tmp_path / "log", port=4321).command()
     assert dict(itertools.pairwise(server))["--quantization"] == "fp8_per_block"
 
@@ -99,6 +112,32 @@ def test_ablations(overrides: list[str]) -> None:
     config = loaded(MATH_7B, *overrides)
     assert config != loaded(MATH_7B)
     checked(config, 8)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpus", "overrides"),
+    [
+        *((recipe, gpus, []) for recipe, gpus in ALL),
+        *((MATH_7B, 8, overrides) for overrides in ABLATIONS),
+        (MATH_32B, 32, PPO_ON_32B),
+    ],
+    ids=lambda value: getattr(value, "stem", " ".join(value) if isinstance(value, list) else value),
+)
+def test_it_fits_by_its_plan_with_room_to_spare(
+    recipe: Path, gpus: int, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted parameters: tests/planning has that the real model's are the same."""
+
+    def counted(architecture: Architecture, config: Config, world: int, *, log_z: bool) -> list[Stage]:
+        return counted_stages(architecture, config, log_z=log_z)
+
+    monkeypatch.setattr(planning, "real_stages", counted)
+    monkeypatch.setattr(planning, "better_layouts", lambda config, setting, given: [])
+    found = planning.make_plan(loaded(recipe, *overrides), planning.Options(gpus=gpus)).estimate
+    assert found.problems == () and found.sampler is not None
+    room = read_hardware().gpu("H100").memory
+    assert max(rank.resident for rank in found.stages) + found.sampler.limit < 0.97 * room
+    assert found.fullest.total < 0.9 * room
 
 
 def test_methods_and_what_the_critic_needs() -> None:
