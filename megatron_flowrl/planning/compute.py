@@ -60,12 +60,15 @@ class Machine:
 
 
 def pass_time(
-    architecture: Architecture, config: Config, machine: Machine, load: RankLoad, *, training: bool
+    architecture: Architecture, config: Config, machine: Machine, load: RankLoad, *, training: bool, output: bool = True
 ) -> PassTime:
-    """Of a forward pass over a mini-batch; with `training` of a forward and a backward pass."""
+    """Of a forward pass over a mini-batch; with `training` of a forward and a backward pass.
+
+    output: whether the model has an output layer over the vocabulary, which a critic has not.
+    """
     stages = layers_of_stages(architecture, config)
     per_stage = [
-        _stage(architecture, config, machine, load, layers, stage == len(stages) - 1, training)
+        _stage(architecture, config, machine, load, layers, output and stage == len(stages) - 1, training)
         for stage, layers in enumerate(stages)
     ]
     seconds, communication = max(per_stage)
@@ -81,7 +84,7 @@ def _stage(
     machine: Machine,
     load: RankLoad,
     layers: int,
-    last: bool,
+    has_output: bool,
     training: bool,
 ) -> tuple[float, float]:
     """Seconds for all micro-batches, and those of tensor-parallel communication among them."""
@@ -95,7 +98,7 @@ def _stage(
     linear = load.tokens * layers * products / (tp * cp) / (peak(gpu, dtype) * getattr(efficiency, dtype))
     attention = 2 * queries * load.pairs * layers / (tp * cp) / (peak(gpu, plain) * efficiency.attention)
     output = 0.0
-    if last:
+    if has_output:
         work = 2 * h * architecture.vocab_size * load.labels / (tp * cp)
         output = work / (peak(gpu, plain) * getattr(efficiency, plain))
     local = load.tokens / cp

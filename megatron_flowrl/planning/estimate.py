@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_flowrl.config import Config, Sizes
 from megatron_flowrl.model.architecture import Architecture
@@ -21,7 +22,7 @@ from megatron_flowrl.planning.workload import RankLoad, Workload, mini_batch_loa
 
 @dataclass(frozen=True)
 class Setting:
-    """What stays the same while layouts are compared."""
+    """What stays the same while layouts are compared; held_out: prompts of an evaluation, None: not known."""
 
     architecture: Architecture
     needs: Needs
@@ -29,11 +30,15 @@ class Setting:
     gpu: Gpu
     sizes: Sizes
     workload: Workload
+    held_out: int | None = None
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a layout. `seconds`: of a step, by phase; `problems`: why it does not fit the GPU, nothing where it does."""
+    """Of a layout. `seconds`: of a step, by phase; `problems`: why it does not fit the GPU, nothing where it does.
+
+    evaluation: seconds of one. NaN where a time is not known: the sampler has no room for keys and values.
+    """
 
     stages: tuple[RankMemory, ...]
     sampler: SamplerMemory | None
@@ -43,6 +48,8 @@ class Estimate:
     communication: float
     micro_batches: int
     problems: tuple[str, ...]
+    evaluation: float = 0.0
+    sampler_fits: bool = True
 
     @property
     def step(self) -> float:
@@ -95,14 +102,44 @@ def estimate(config: Config, setting: Setting, stages: Sequence[Stage] | None = 
         for index, (stage, critic) in enumerate(zip(stages, critics, strict=True))
     )
     sampler = sampled = None
+    rollout, evaluation = 0.0, 0.0
     if servers:
         sampler = sampler_memory(architecture, config, setting.hardware, setting.gpu.memory)
-        answers = _lengths(config, setting, max(1, run.prompts_per_step * config.generation.n // servers))
-        if sampler.kv_cache > 0:
-            sampled = sampling(architecture, config, machine, sampler, answers, workload.prompt_tokens)
-    seconds, bubble, communication = _seconds(config, setting, machine, stages, load, sampled, memory)
-    problems = tuple(_problems(config, setting, memory, sampler))
-    return Estimate(memory, sampler, sampled, seconds, bubble, communication, load.micro_batches, problems)
+        sampled = _sampled(config, setting, machine, sampler, run.prompts_per_step)
+        rollout = math.nan if sampled is None else sampled.seconds
+        if setting.held_out:
+            evaluated = _sampled(_evaluated(config), setting, machine, sampler, setting.held_out)
+            evaluation = math.nan if evaluated is None else evaluated.seconds
+    seconds, bubble, communication = _seconds(config, setting, machine, stages, load, rollout, memory)
+    return Estimate(
+        memory,
+        sampler,
+        sampled,
+        seconds,
+        bubble,
+        communication,
+        load.micro_batches,
+        tuple(_problems(config, setting, memory, sampler)),
+        evaluation,
+        sampler is None or sampler.kv_tokens >= _longest(config, setting),
+    )
+
+
+def _sampled(
+    config: Config, setting: Setting, machine: Machine, sampler: SamplerMemory, prompts: int
+) -> Sampling | None:
+    """Of one of the servers that answer so many prompts; None where they have no room for keys and values."""
+    if not sampler.kv_tokens:
+        return None
+    lengths = _lengths(config, setting, max(1, prompts * config.generation.n // num_servers(config, setting.sizes)))
+    return sampling(setting.architecture, config, machine, sampler, lengths, setting.workload.prompt_tokens)
+
+
+def _evaluated(config: Config) -> Config:
+    """With the numbers that are of evaluations in the place of those of training."""
+    own = config.evaluation
+    longest = own.max_tokens or config.generation.max_tokens
+    return replace(config, generation=replace(config.generation, n=own.n, max_tokens=longest))
 
 
 def num_servers(config: Config, sizes: Sizes) -> int:
@@ -116,7 +153,11 @@ def num_servers(config: Config, sizes: Sizes) -> int:
 
 def _lengths(config: Config, setting: Setting, count: int) -> tuple[int, ...]:
     sigma, longest = setting.hardware.sampler.length_sigma, config.generation.max_tokens
-    return response_lengths(count, setting.workload.response_tokens, longest, sigma)
+    return response_lengths(count, min(setting.workload.response_tokens, longest), longest, sigma)
+
+
+def _longest(config: Config, setting: Setting) -> int:
+    return setting.workload.prompt_tokens + config.generation.max_tokens
 
 
 def _full_micro_batch(tokens: int, workload: Workload) -> MicroBatch:
@@ -132,7 +173,7 @@ def _seconds(
     machine: Machine,
     stages: Sequence[Stage],
     load: RankLoad,
-    sampled: Sampling | None,
+    rollout: float,
     memory: Sequence[RankMemory],
 ) -> tuple[dict[str, float], float, float]:
     """Of a step by phase; the bubble's share of an update, and that of tensor-parallel communication."""
@@ -140,24 +181,27 @@ def _seconds(
     updates = config.run.prompts_per_step // config.run.prompts_per_mini_batch
     forward = pass_time(architecture, config, machine, load, training=False).seconds * updates
     training = pass_time(architecture, config, machine, load, training=True)
+    valued = {
+        both: pass_time(architecture, config, machine, load, training=both, output=False) for both in (False, True)
+    }
     gradients, states = (
         max(times) for times in zip(*(optimizer_time(config, machine, s) for s in stages), strict=True)
     )
-    seconds = {"rollout": sampled.seconds if sampled is not None else 0.0}
+    seconds = {"rollout": rollout}
     if needs_old_pass(needs, updates, config):
         seconds["old_log_probs"] = forward
     if needs.reference:
         exchanged = 4 * memory[0].host / costs.host  # two exchanges, each of them both ways
         seconds["reference_log_probs"] = forward + exchanged
     if needs.values:
-        seconds["values"] = forward
+        seconds["values"] = updates * valued[False].seconds
     update = updates * (training.seconds + gradients)
     seconds["update"] = update
     if needs.values:
-        seconds["critic"] = update + updates * states
+        seconds["critic"] = updates * (valued[True].seconds + gradients + states)
     seconds["optimizer"] = updates * states
     itemsize = 2 if config.rollout.dtype == "bfloat16" else 4
-    if sampled is not None:
+    if num_servers(config, setting.sizes):
         seconds["weight_sync"] = total_elements(architecture) * itemsize / costs.weights
     seconds["checkpoint"] = _checkpoint(config, machine, memory, setting) / config.checkpoint.save_interval
     seconds["other"] = costs.step_seconds
@@ -185,20 +229,28 @@ def _problems(
         found.append(f"training takes {needed / 1e9:.1f} GB of the GPU's {room / 1e9:.1f} GB")
     if sampler is None:
         return found
-    longest = setting.workload.prompt_tokens + config.generation.max_tokens
-    if sampler.kv_tokens < longest:
+    resident = max(rank.resident for rank in memory) if shared else 0.0
+    least = sampler.weights + sampler.working + _longest(config, setting) * sampler.kv_bytes_per_token
+    share = math.floor(max(0.0, room - resident) / room * 100) / 100
+    if sampler.kv_tokens < _longest(config, setting):
+        cure = "raise rollout.tensor_parallel_size"
+        if least <= share * room:
+            cure += f", or vLLM's --gpu-memory-utilization (rollout.extra_arguments) to {least / room + 0.005:.2f}"
         found.append(
             f"a server has room for the keys and values of {sampler.kv_tokens} tokens, and an answer may have "
-            f"{longest}: raise rollout.tensor_parallel_size, or vLLM's --gpu-memory-utilization "
-            "(rollout.extra_arguments)"
+            f"{_longest(config, setting)}: of the {sampler.limit / 1e9:.1f} GB that vLLM may have, weights take "
+            f"{sampler.weights / 1e9:.1f} and working memory {sampler.working / 1e9:.1f}; {cure}"
         )
-    resident = max(rank.resident for rank in memory)
     if shared and resident + sampler.limit > room:
-        share = max(0.0, (room - resident) / room)
+        cure = f"set rollout.extra_arguments=[--gpu-memory-utilization={share:.2f}] or less"
+        if least > share * room:
+            cure = (
+                "with less it has no room for keys and values: raise parallel.tensor_model_parallel_size or "
+                "rollout.tensor_parallel_size"
+            )
         found.append(
             f"beside the {resident / 1e9:.1f} GB that training keeps, buffers of weight transfers among them, vLLM "
-            f"cannot have {sampler.limit / 1e9:.1f} GB: "
-            f"set rollout.extra_arguments=[--gpu-memory-utilization={int(share * 100) / 100:.2f}] or less"
+            f"cannot have {sampler.limit / 1e9:.1f} GB: {cure}"
         )
     return found
 

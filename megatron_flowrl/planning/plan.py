@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
-from megatron_flowrl.config import Config
+from megatron_flowrl.config import Config, UserError
 from megatron_flowrl.planning.estimate import Estimate, Setting, estimate
 from megatron_flowrl.planning.hardware import Hardware, read_hardware
 from megatron_flowrl.planning.meta import real_stages
@@ -30,7 +31,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe's needs, and what would be better."""
+    """A recipe's needs, and what would be better. Hours and dollars are NaN where a step's seconds are not known."""
 
     config: Config
     options: Options
@@ -54,8 +55,26 @@ class Plan:
 
     @property
     def hours(self) -> float:
-        """Of a run of run.steps."""
-        return self.config.run.steps * self.estimate.step / 3600
+        """Of a run of run.steps, and of its evaluations as far as they are known."""
+        return (self.config.run.steps * self.estimate.step + self.evaluations * self.estimate.evaluation) / 3600
+
+    @property
+    def evaluations(self) -> int:
+        """How many there are in a run: before the first step, every evaluation.interval steps, after the last."""
+        if not _evaluates(self.config):
+            return 0
+        return 1 + -(-self.config.run.steps // self.config.evaluation.interval)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is left out or has yet to be given, for people."""
+        if not _evaluates(self.config) or self.setting.held_out is not None:
+            return self.accepted.notes
+        return (
+            *self.accepted.notes,
+            f"evaluation.path = {self.config.evaluation.path} is no JSONL file here: evaluations are left out of hours "
+            "and dollars",
+        )
 
 
 def make_plan(config: Config, options: Options) -> Plan:
@@ -65,7 +84,7 @@ def make_plan(config: Config, options: Options) -> Plan:
     cluster = Cluster(options.gpus, options.gpus_per_node, options.sampler_nodes)
     accepted = check_run(config, cluster, gpu, workload)
     architecture, needs, sizes = accepted.shapes.architecture, accepted.needs, accepted.sizes
-    setting = Setting(architecture, needs, hardware, gpu, sizes, workload)
+    setting = Setting(architecture, needs, hardware, gpu, sizes, workload, held_out_prompts(config))
     stages = real_stages(architecture, config, sizes.training * sizes.per_node, log_z=needs.log_z)
     result = estimate(config, setting, stages)
     heads = (p for chunk in stages[-1] for p in chunk if _is_head(p))
@@ -78,8 +97,26 @@ def make_plan(config: Config, options: Options) -> Plan:
         total_elements(architecture),
         sum(p.elements for p in heads),
         result,
-        tuple(better_layouts(config, setting, result)),
+        tuple(better_layouts(config, setting, result)) if result.sampler_fits else (),
     )
+
+
+def held_out_prompts(config: Config) -> int | None:
+    """Prompts of an evaluation: the lines of evaluation.path, where that is a JSONL file here. Else None."""
+    settings = config.evaluation
+    path = Path(settings.path or "")
+    if not _evaluates(config) or path.suffix != ".jsonl" or not path.is_file():
+        return None
+    try:
+        with path.open("rb") as file:
+            lines = sum(bool(line.strip()) for line in file)
+    except OSError as error:
+        raise UserError(f"evaluation.path = {settings.path!r} cannot be read: {error.strerror}") from error
+    return lines if settings.limit is None else min(lines, settings.limit)
+
+
+def _evaluates(config: Config) -> bool:
+    return config.evaluation.path is not None and config.rollout.replay is None
 
 
 def _is_head(parameter: Parameter) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -25,6 +26,7 @@ _KINDS = {
     "context": "CUDA and NCCL",
     "fragmentation": "lost by the allocator",
 }
+_NOT_MEASURED = {"activations": "  (by Transformer Engine's documentation)"}
 _PHASES = {
     "rollout": "rollout",
     "old_log_probs": "old log-probs",
@@ -45,7 +47,7 @@ def as_text(plan: Plan) -> str:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Bytes, seconds, dollars."""
+    """Bytes, seconds, dollars; None: not known."""
     result, sizes = plan.estimate, plan.setting.sizes
     return {
         "model": plan.config.model.path,
@@ -61,15 +63,20 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "sampler_memory": asdict(result.sampler) | {"kv_tokens": result.sampler.kv_tokens} if result.sampler else None,
         "fits": not result.problems,
         "problems": list(result.problems),
-        "notes": list(plan.accepted.notes),
-        "seconds": result.seconds | {"step": result.step},
+        "notes": list(plan.notes),
+        "seconds": {phase: _known(seconds) for phase, seconds in [*result.seconds.items(), ("step", result.step)]},
         "sampling": asdict(result.sampling) if result.sampling else None,
         "update": {
             "micro_batches": result.micro_batches,
             "bubble_share": result.bubble,
             "tensor_parallel_communication_share": result.communication,
         },
-        "run": {"steps": plan.config.run.steps, "hours": plan.hours, "dollars": plan.cost},
+        "evaluation": {
+            "prompts": plan.setting.held_out,
+            "seconds": _known(result.evaluation) if plan.setting.held_out is not None else None,
+            "times": plan.evaluations,
+        },
+        "run": {"steps": plan.config.run.steps, "hours": _known(plan.hours), "dollars": _known(plan.cost)},
         "better": [
             {
                 "overrides": list(one.overrides),
@@ -82,8 +89,18 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _known(number: float) -> float | None:
+    return None if math.isnan(number) else number
+
+
 def _rank(memory: RankMemory) -> dict[str, float]:
-    return {**memory.kinds, "total": memory.total, "resident": memory.resident, "host": memory.host}
+    return {
+        **memory.kinds,
+        "total": memory.total,
+        "resident": memory.resident,
+        "transfer": memory.transfer,
+        "host": memory.host,
+    }
 
 
 def _head(plan: Plan) -> Iterator[str]:
@@ -101,7 +118,7 @@ def _head(plan: Plan) -> Iterator[str]:
     )
     yield f"{sizes.training * sizes.per_node} {plan.options.gpu} train, {' x '.join(layout)}{alone}"
     yield f"prompts of {load.prompt_tokens} tokens, answers of {load.response_tokens} on average"
-    for note in plan.accepted.notes:
+    for note in plan.notes:
         yield f"note: {note}"
 
 
@@ -112,7 +129,8 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield f"memory of a rank that trains, GB{stage}:"
     for kind, size in fullest.kinds.items():
         if size:
-            yield f"  {_KINDS[kind]:26}{size / 1e9:8.2f}  {'#' * round(_BAR * size / room)}".rstrip()
+            bar = "#" * round(_BAR * size / room)
+            yield f"  {_KINDS[kind]:26}{size / 1e9:8.2f}  {bar}{_NOT_MEASURED.get(kind, '')}".rstrip()
     yield f"  {'together':26}{fullest.total / 1e9:8.2f}  of {room / 1e9:.1f}"
     if fullest.host:
         yield f"  {'reference, in host memory':26}{fullest.host / 1e9:8.2f}"
@@ -123,14 +141,20 @@ def _memory(plan: Plan) -> Iterator[str]:
         yield f"  {'weights':26}{sampler.weights / 1e9:8.2f}"
         yield f"  {'keys and values':26}{sampler.kv_cache / 1e9:8.2f}  of {sampler.kv_tokens:,} tokens"
         yield f"  {'working memory':26}{sampler.working / 1e9:8.2f}"
+        if plan.config.rollout.colocated:
+            kept = max(result.stages, key=lambda rank: rank.resident)
+            sends = f"{kept.transfer / 1e9:.2f} of it to send weights"
+            yield f"  {'kept there by training':26}{kept.resident / 1e9:8.2f}  {sends}"
+            yield f"  {'together':26}{(kept.resident + sampler.limit) / 1e9:8.2f}  of {room / 1e9:.1f}"
 
 
 def _time(plan: Plan) -> Iterator[str]:
     result = plan.estimate
     yield "seconds of a step:"
     for phase, seconds in result.seconds.items():
-        yield f"  {_PHASES[phase]:26}{seconds:8.1f}  {'#' * round(_BAR * seconds / result.step)}".rstrip()
-    yield f"  {'together':26}{result.step:8.1f}"
+        bar = "" if math.isnan(result.step) else "#" * round(_BAR * seconds / result.step)
+        yield f"  {_PHASES[phase]:26}{_seconds(seconds)}  {bar}".rstrip()
+    yield f"  {'together':26}{_seconds(result.step)}"
     sampled = result.sampling
     if sampled is not None:
         yield f"a server has {sampled.concurrency:.0f} answers under way on average, {sampled.most} at most"
@@ -140,12 +164,24 @@ def _time(plan: Plan) -> Iterator[str]:
     )
 
 
+def _seconds(seconds: float) -> str:
+    return "not known" if math.isnan(seconds) else f"{seconds:8.1f}"
+
+
 def _verdict(plan: Plan) -> Iterator[str]:
     run, gpu = plan.config.run, plan.setting.gpu
-    yield (
-        f"{run.steps} steps: {plan.hours:.1f} hours on {plan.gpus} {plan.options.gpu}, {plan.cost:,.0f} dollars at "
-        f"{gpu.price:g} a GPU hour"
-    )
+    if plan.evaluations and plan.setting.held_out is not None:
+        yield (
+            f"an evaluation of {plan.setting.held_out * plan.config.evaluation.n:,} answers: "
+            f"{_seconds(plan.estimate.evaluation).strip()} s, {plan.evaluations} times"
+        )
+    if math.isnan(plan.hours):
+        yield f"{run.steps} steps: hours and dollars are not known, as the servers have no room for keys and values"
+    else:
+        yield (
+            f"{run.steps} steps: {plan.hours:.1f} hours on {plan.gpus} {plan.options.gpu}, {plan.cost:,.0f} dollars at "
+            f"{gpu.price:g} a GPU hour"
+        )
     name = plan.options.gpu
     yield f"it does not fit the {name}:" if plan.estimate.problems else f"it fits the {name}"
     for problem in plan.estimate.problems:
@@ -153,6 +189,9 @@ def _verdict(plan: Plan) -> Iterator[str]:
 
 
 def _better(plan: Plan) -> Iterator[str]:
+    if not plan.estimate.sampler_fits:
+        yield "no other layout was looked for: what does not fit is the sampler, which the search leaves as it is"
+        return
     if not plan.better:
         yield "no layout that was tried " + ("fits" if plan.estimate.problems else "is clearly faster")
         return

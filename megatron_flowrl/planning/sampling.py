@@ -12,10 +12,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_flowrl.config import Config
+from megatron_flowrl.config import Config, UserError
 from megatron_flowrl.model.architecture import Architecture
 from megatron_flowrl.planning.compute import Machine
-from megatron_flowrl.planning.hardware import peak
+from megatron_flowrl.planning.hardware import Gpu, peak
 from megatron_flowrl.planning.memory import SamplerMemory
 from megatron_flowrl.planning.parameters import total_elements
 
@@ -43,11 +43,13 @@ def sampling(
     lengths: Sequence[int],
     prompt_tokens: int,
 ) -> Sampling:
-    """A server that is to give answers of such lengths, generation.n to each prompt of so many tokens."""
+    """A server that is to give answers of such lengths, generation.n to each prompt of so many tokens.
+
+    Raises UserError where the GPU has no arithmetic for rollout.quantization.
+    """
     costs, size = machine.hardware.sampler, config.rollout.tensor_parallel_size
     gpu, elements = machine.gpu, total_elements(architecture)
-    dtype = config.rollout.dtype if config.rollout.quantization is None else "fp8"
-    products = peak(gpu, dtype) * costs.prefill * size
+    products = _peak(config, gpu) * costs.prefill * size
     rate = gpu.bandwidth * machine.hardware.efficiency.bandwidth
     fixed = costs.step_milliseconds / 1e3
     if size > 1:
@@ -80,6 +82,19 @@ def sampling(
     prompts = len(lengths) / config.generation.n  # the prefix cache has a prompt once
     prefill = 2 * elements * prompts * prompt_tokens / products
     return Sampling(prefill, decode, places / max(now, 1), most)
+
+
+def _peak(config: Config, gpu: Gpu) -> float:
+    rollout = config.rollout
+    if rollout.quantization is None:
+        return peak(gpu, rollout.dtype)
+    try:
+        return peak(gpu, "fp8")
+    except UserError as error:
+        raise UserError(
+            f"rollout.quantization = {rollout.quantization}: {error}; set rollout.quantization=null, or plan for "
+            "another GPU (--gpu)"
+        ) from None
 
 
 __all__ = ["Sampling", "sampling"]

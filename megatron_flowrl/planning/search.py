@@ -7,12 +7,21 @@ from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
 
-from megatron_flowrl.config import Config, ParallelConfig, RecomputeConfig, UserError, check_config, sizes_of
+from megatron_flowrl.config import (
+    Config,
+    ParallelConfig,
+    RecomputeConfig,
+    UserError,
+    check_answers,
+    check_config,
+    sizes_of,
+)
 from megatron_flowrl.data.packing import SequenceTooLong
 from megatron_flowrl.model.architecture import Architecture
 from megatron_flowrl.model.layout import check_layout
 from megatron_flowrl.model.packing_rules import packing_rules, plan
 from megatron_flowrl.planning.estimate import Estimate, Setting, estimate
+from megatron_flowrl.platform import check_gpu
 
 _SHOWN = 3
 _MARGIN = 0.05  # a layout is better from so much less time on
@@ -104,6 +113,8 @@ def _is_accepted(config: Config, setting: Setting, world: int) -> bool:
     )  # fmt: skip
     try:
         check_config(config)
+        check_answers(config)
+        check_gpu(config, lambda: setting.gpu.capability)
         check_layout(setting.architecture, config)
         sizes_of(config, sizes.per_node, sizes.training, sizes.serving)
         plan(

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from megatron_flowrl.cli import main
-from megatron_flowrl.config import Config
+from megatron_flowrl.cli import TRAIN_SECTIONS, main
+from megatron_flowrl.config import Config, load_config
 from megatron_flowrl.model.architecture import Architecture
 from megatron_flowrl.planning import plan as planning
 from megatron_flowrl.planning.parameters import Stage, counted_stages
+from megatron_flowrl.planning.refusals import Cluster, check_run
 
 RECIPE = """
 model: {path: Qwen/Qwen2.5-7B}
@@ -80,6 +81,8 @@ def test_text(recipe: Path, capsys: pytest.CaptureFixture[str], logging_as_it_wa
     text = capsys.readouterr().out
     assert "16 H100 train, TP4 (SP) x PP1 x CP1 x DP4" in text and "it fits the H100" in text
     assert "published shape of Qwen2.5-7B" in text and "dollars" in text
+    (activations,) = [line for line in text.splitlines() if line.startswith("  activations ")]
+    assert "by Transformer Engine's documentation" in activations
 
 
 def test_what_does_not_fit_is_said_with_a_cure(
@@ -89,8 +92,58 @@ def test_what_does_not_fit_is_said_with_a_cure(
     assert not whole["fits"] and "set rollout.extra_arguments=[--gpu-memory-utilization=0." in whole["problems"][0]
     cure = whole["problems"][0].partition("set ")[2].partition(" or less")[0]
     assert planned(capsys, str(recipe), cure)["fits"]
+    # TP1 keeps so much that what would be left is too little for vLLM's weights.
+    single = planned(capsys, str(recipe), "parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false")
+    (problem,) = [one for one in single["problems"] if one.startswith("beside")]
+    assert "raise parallel.tensor_model_parallel_size" in problem and "set rollout.extra_arguments" not in problem
     large = planned(capsys, str(recipe), "model.path=Qwen/Qwen2.5-32B", "parallel.tensor_model_parallel_size=8")
     assert not large["fits"] and large["problems"][0].startswith("training takes")
+
+
+def test_without_room_for_keys_and_values_no_time_is_known(
+    recipe: Path, searches: None, capsys: pytest.CaptureFixture[str], logging_as_it_was: None
+) -> None:
+    small = "rollout.extra_arguments=[--gpu-memory-utilization=0.2]"
+    found = planned(capsys, str(recipe), small)
+    assert found["seconds"]["rollout"] is None and found["seconds"]["step"] is None and found["seconds"]["update"] > 0
+    assert found["run"] == {"steps": 100, "hours": None, "dollars": None}
+    assert not found["fits"] and not found["better"]
+    assert "keys and values of 0 tokens" in found["problems"][0] and "weights take 15.2" in found["problems"][0]
+    assert "--gpu-memory-utilization (rollout.extra_arguments) to 0.2" in found["problems"][0]
+    main(["plan", str(recipe), small])
+    text = capsys.readouterr().out
+    assert "hours and dollars are not known" in text and "what does not fit is the sampler" in text
+    assert "nan" not in text
+
+
+def test_evaluations_are_a_part_of_hours(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], logging_as_it_was: None
+) -> None:
+    plain, rows = planned(capsys, str(recipe)), tmp_path / "held_out.jsonl"
+    rows.write_text('{"problem": "?"}\n' * 200)
+    given = (f"evaluation.path={rows}", "evaluation.interval=30", "evaluation.n=16")
+    found = planned(capsys, str(recipe), *given)["evaluation"]
+    assert found["prompts"] == 200 and found["times"] == 1 + 4  # before, 30, 60, 90, 100
+    hours = planned(capsys, str(recipe), *given)["run"]["hours"]
+    assert hours == pytest.approx(plain["run"]["hours"] + 5 * found["seconds"] / 3600)
+    assert planned(capsys, str(recipe), *given, "evaluation.limit=10")["evaluation"]["prompts"] == 10
+    elsewhere = planned(capsys, str(recipe), "evaluation.path=nowhere.jsonl")
+    assert elsewhere["run"] == plain["run"] and elsewhere["evaluation"]["seconds"] is None
+    assert any("evaluations are left out of hours" in note for note in elsewhere["notes"])
+
+
+def test_what_is_found_better_is_accepted_by_a_run(recipe: Path, searches: None) -> None:
+    """float32 does not go with context parallelism on a GPU."""
+    given = ["precision.dtype=float32", "rollout.dtype=float32", "rollout.tensor_parallel_size=2", "rollout.servers=4"]
+    recipe.write_text(
+        RECIPE.replace("sequence_parallel: true", "sequence_parallel: true, pipeline_model_parallel_size: 4")
+    )
+    config = load_config(recipe, given, TRAIN_SECTIONS, "plan")
+    found = planning.make_plan(config, planning.Options(gpu="H200", gpus=16))
+    assert found.better
+    for one in found.better:
+        better = load_config(recipe, [*given, *one.overrides], TRAIN_SECTIONS, "plan")
+        check_run(better, Cluster(16, 8), found.setting.gpu, found.setting.workload)
 
 
 def test_hardware_can_be_replaced(
@@ -119,6 +172,7 @@ def test_hardware_can_be_replaced(
         (["model.max_sequence_length=4096"], "is above 4096, the longest sequence"),
         (["precision.fp8=hybrid", "--gpu", "A100"], "needs a GPU of compute capability 8.9"),
         (["precision.fp8=hybrid", "precision.fp8_recipe=mxfp8"], "needs a GPU of compute capability 10.0"),
+        (["rollout.quantization=fp8_per_tensor", "--gpu", "A100"], "rollout.quantization = fp8_per_tensor: no peak of"),
         (["rollout.servers=4", "rollout.tensor_parallel_size=4"], "take 16 GPUs, and a node has 8"),
         (["rollout.tensor_parallel_size=3", "rollout.servers=1"], "rollout.tensor_parallel_size = 3 does not divide"),
         (["rollout.transfer=shm"], "moves weights between CPUs"),

@@ -119,6 +119,17 @@ def test_phases_are_those_of_the_loop() -> None:
     assert estimated("rollout.replay=somewhere").seconds["rollout"] == 0
 
 
+def test_a_critic_has_no_output_over_the_vocabulary() -> None:
+    ppo = estimated("objective.name=ppo", "run.prompts_per_step=64").seconds
+    labels = "data.tokens_per_micro_batch=16384"
+    assert 0 < ppo["values"] < ppo["old_log_probs"] and ppo["critic"] < ppo["update"] + ppo["optimizer"]
+    with_output = passed(labels, training=False)
+    without = pass_time(QWEN, configured(labels), Machine(HARDWARE, GPU, 8, 1), LOAD, training=False, output=False)
+    products = 2 * QWEN.hidden_size * QWEN.vocab_size * LOAD.labels
+    rate = peak(GPU, "bfloat16") * HARDWARE.efficiency.bfloat16 * HARDWARE.efficiency.busy
+    assert with_output.seconds - without.seconds == pytest.approx(products / rate)
+
+
 def test_more_gpus_take_less_time() -> None:
     few, many = estimated(), estimated(world=16)
     assert many.seconds["update"] < 0.7 * few.seconds["update"]
