@@ -15,7 +15,7 @@ help:
 	@echo "make install      create $(VENV) with the pinned CPU profile"
 	@echo "make demo         install if needed, train a model from nothing with FlowRL: a quarter of an hour, runs/demo"
 	@echo "make compare      FlowRL and what it is compared with, three seeds each: about an hour and a half, runs/compare"
-	@echo "make dry-run RECIPE=examples/math/qwen2.5_32b.yaml GPUS=32    a layout error is found here, and not in the queue"
+	@echo "make dry-run RECIPE=examples/math/qwen2.5_32b.yaml [GPUS=32]  a layout error is found here, and not in the queue"
 	@echo "make test         install if needed, run all tests (Python 3.11, Megatron-Core 0.16.1)"
 	@echo "make test-latest  the distributed core tests on Python 3.12 and Megatron-Core 0.19.2"
 	@echo "make lint         ruff and mypy"
@@ -48,8 +48,8 @@ compare: $(VENV)/.installed
 	$(VENV)/bin/python -m examples.countdown.compare $(ARGS)
 
 dry-run: $(VENV)/.installed
-	$(if $(and $(RECIPE),$(GPUS)),,$(error make dry-run RECIPE=recipe.yaml GPUS=32 [ARGS="section.key=value ..."]))
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -W ignore -m megatron_flowrl.dry_run $(RECIPE) --gpus $(GPUS) $(ARGS)
+	$(if $(RECIPE),,$(error make dry-run RECIPE=recipe.yaml [GPUS=32] [ARGS="section.key=value ..."]))
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -W ignore -m megatron_flowrl.dry_run $(RECIPE) $(if $(GPUS),--gpus $(GPUS)) $(ARGS)
 
 figure1: $(VENV)/.installed
 	$(VENV)/bin/python -m examples.distribution_matching $(ARGS)

@@ -1,10 +1,10 @@
 """A recipe tried on a CPU before it waits in a queue: its layout at the true size, and two steps with a small model.
 
-  python -m megatron_flowrl.dry_run RECIPE --gpus 32 [section.key=value ...]
+  python -m megatron_flowrl.dry_run RECIPE [--gpus 32] [section.key=value ...]
 
-1. Settings, model and number of GPUs are checked as `train` checks them.
-2. A step of drawn lengths is packed at the true token budget. Every rank of the true layout is looked at, without
-   weights: which part of each parameter it holds, in the Hugging Face checkpoint and in the run's own.
+1. Settings, model and number of GPUs are checked as `train` checks them; `megatron-flowrl plan` asks the same.
+2. A step of the lengths that `plan` foresees is packed at the true token budget. Every rank of the true layout is
+   looked at, without weights: which part of each parameter it holds, in the Hugging Face checkpoint and in the run's.
 3. `train` runs two steps on at most eight ranks of this machine, with a model of the same layers and heads but small
    widths, on drawn answers: a start, a checkpoint, and a start that goes on from it.
 
@@ -22,17 +22,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_flowrl.cli import TRAIN_SECTIONS
-from megatron_flowrl.config import Config, UserError, check_answers, check_config, data_parallel_size, load_config
+from megatron_flowrl.config import Config, UserError, load_config
 from megatron_flowrl.dry_run.layout import LayoutError, check_ranks
 from megatron_flowrl.dry_run.small import SmallRun, on_a_cpu, small_run
 from megatron_flowrl.dry_run.step import pack_step
 from megatron_flowrl.dry_run.training import DryRunFailed, train_small
-from megatron_flowrl.model.architecture import Architecture
-from megatron_flowrl.model.layout import check_layout
-from megatron_flowrl.model.objective import build_objective
-from megatron_flowrl.planning.shapes import find_shapes
-from megatron_flowrl.rewards.find import check_names
-from megatron_flowrl.rollout.serve import check_servers
+from megatron_flowrl.planning.refusals import Cluster, check_run
+from megatron_flowrl.planning.workload import assumed
 
 _NOT_EXERCISED = (
     "not exercised: memory, speed, NCCL, Transformer Engine's kernels, vLLM, prompts, graders; nothing of this is a "
@@ -40,22 +36,26 @@ _NOT_EXERCISED = (
 )
 
 
-def dry_run(config: Config, gpus: int, *, small: bool, timeout: float) -> None:
+def dry_run(config: Config, cluster: Cluster, *, small: bool, timeout: float) -> None:
     """All of it, said line by line. Raises UserError."""
-    architecture, replicas = checked(config, gpus)
-    parallel = config.parallel
+    workload = assumed(config, None, None)
+    accepted = check_run(config, cluster, workload)
+    architecture, replicas, parallel = accepted.shapes.architecture, accepted.replicas, config.parallel
+    gpus = accepted.sizes.training * accepted.sizes.per_node
     chunks = parallel.virtual_pipeline_model_parallel_size
     _say(
         f"{config.model.path}: {architecture.num_layers} layers of width {architecture.hidden_size}; {gpus} ranks = "
         f"TP{parallel.tensor_model_parallel_size} x PP{parallel.pipeline_model_parallel_size}"
         f"{f' (VPP{chunks})' if chunks else ''} x CP{parallel.context_parallel_size} x DP{replicas}"
     )
-    packed = pack_step(config, architecture, replicas)
+    for note in accepted.notes:
+        _say(f"note: {note}")
+    packed = pack_step(config, architecture, replicas, workload)
     _say(packed.packing.describe())
     if packed.stages > 1:
         _say(f"schedule: stages wait {packed.idle_share:.1%} of an update for one another, micro-batches being equal")
     began = time.monotonic()
-    parts = check_ranks(on_a_cpu(config)[0], architecture, gpus, log_z=build_objective(config).needs.log_z)
+    parts = check_ranks(on_a_cpu(config)[0], architecture, gpus, log_z=accepted.needs.log_z)
     _say(
         f"layout: {len(parts.pieces)} tensors, each held once in {len(parts.parameters)} parts of "
         f"{min(parts.parameters) / 1e9:.2f} to {max(parts.parameters) / 1e9:.2f} billion parameters; the run's "
@@ -66,19 +66,6 @@ def dry_run(config: Config, gpus: int, *, small: bool, timeout: float) -> None:
             run = small_run(config, architecture, replicas, Path(folder))
             _train(run, timeout)
     _say(_NOT_EXERCISED)
-
-
-def checked(config: Config, gpus: int) -> tuple[Architecture, int]:
-    """The model's shape and the data-parallel size. Raises UserError for what does not fit together."""
-    check_config(config)
-    check_answers(config)
-    replicas = data_parallel_size(config.parallel, gpus)
-    architecture = find_shapes(config.model.path).architecture
-    check_layout(architecture, config)
-    if config.rollout.replay is None:
-        check_names(config.reward.grader)
-        check_servers(config, architecture)
-    return architecture, replicas
 
 
 def _train(run: SmallRun, timeout: float) -> None:
@@ -107,15 +94,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--gpus", type=int, required=True, help="ranks of the run")
+    parser.add_argument("--gpus", type=int, help="ranks of the run (default: as few nodes as the layout takes)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
+    parser.add_argument(
+        "--sampler-nodes", type=int, metavar="N", help="that serve vLLM and do not train (default: one, if any)"
+    )
     parser.add_argument("--layout-only", action="store_true", help="without the steps on a small model")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for a start of these (default: 600)")
     given = parser.parse_intermixed_args(arguments)
     try:
-        if given.gpus < 1:
-            raise UserError(f"--gpus {given.gpus}: one at least")
+        for option, count in (("--gpus", given.gpus), ("--gpus-per-node", given.gpus_per_node)):
+            if count is not None and count < 1:
+                raise UserError(f"{option} {count}: one at least")
         config = load_config(given.recipe, given.overrides, TRAIN_SECTIONS, "train")
-        dry_run(config, given.gpus, small=not given.layout_only, timeout=given.timeout)
+        cluster = Cluster(given.gpus, given.gpus_per_node, given.sampler_nodes)
+        dry_run(config, cluster, small=not given.layout_only, timeout=given.timeout)
     except UserError as error:
         print(f"dry run: error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, DryRunFailed | LayoutError) else 2)

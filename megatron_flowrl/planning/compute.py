@@ -74,8 +74,13 @@ def pass_time(
     seconds, communication = max(per_stage)
     chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
     busy = machine.hardware.efficiency.busy
-    bubble = (len(stages) - 1) / (chunks * load.micro_batches) * seconds
-    return PassTime(seconds / busy, communication / busy, bubble / busy)
+    waiting = bubble(len(stages), chunks, load.micro_batches) * seconds
+    return PassTime(seconds / busy, communication / busy, waiting / busy)
+
+
+def bubble(stages: int, chunks: int, micro_batches: float) -> float:
+    """How long a stage waits for the others to begin and to end, as a share of its own time (the formula above)."""
+    return (stages - 1) / (chunks * micro_batches)
 
 
 def _stage(
@@ -162,4 +167,4 @@ def optimizer_time(config: Config, machine: Machine, stage: Stage) -> tuple[floa
     return exposed * sent / machine.bandwidth(group), touched / rate
 
 
-__all__ = ["Machine", "PassTime", "optimizer_time", "pass_time"]
+__all__ = ["Machine", "PassTime", "bubble", "optimizer_time", "pass_time"]

@@ -82,7 +82,7 @@ def make_plan(config: Config, options: Options) -> Plan:
     hardware = read_hardware(options.hardware)
     gpu, workload = hardware.gpu(options.gpu), assumed(config, options.prompt_tokens, options.response_tokens)
     cluster = Cluster(options.gpus, options.gpus_per_node, options.sampler_nodes)
-    accepted = check_run(config, cluster, gpu, workload)
+    accepted = check_run(config, cluster, workload, gpu)
     architecture, needs, sizes = accepted.shapes.architecture, accepted.needs, accepted.sizes
     setting = Setting(architecture, needs, hardware, gpu, sizes, workload, held_out_prompts(config))
     stages = real_stages(architecture, config, sizes.training * sizes.per_node, log_z=needs.log_z)

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from megatron_flowrl.config import Config, Sizes, UserError, check_answers, check_config, data_parallel_size, sizes_of
+from megatron_flowrl.config import (
+    Config,
+    RewardConfig,
+    Sizes,
+    UserError,
+    check_answers,
+    check_config,
+    data_parallel_size,
+    sizes_of,
+)
 from megatron_flowrl.model.architecture import Architecture
 from megatron_flowrl.model.layout import check_layout, max_sequence_length
 from megatron_flowrl.model.objective import build_objective
@@ -16,9 +25,12 @@ from megatron_flowrl.planning.hardware import Gpu, peak
 from megatron_flowrl.planning.shapes import Shapes, find_shapes
 from megatron_flowrl.planning.workload import Workload
 from megatron_flowrl.platform import check_gpu
-from megatron_flowrl.rewards.find import make_grader
+from megatron_flowrl.rewards.find import BUILT_IN, check_names, make_grader, terms_of
 from megatron_flowrl.rollout.serve import check_servers, transfer_backend
 from megatron_flowrl.rollout.server import resources
+
+_ANY_GPU = (1000, 0)  # a compute capability that has everything
+_ASK_THE_MACHINE = ("math", "reasoning_gym", "code")  # graders that want a package, or a jail
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,7 @@ class Cluster:
     """GPUs that train, in a node; nodes that serve alone (None: one, where servers have GPUs of their own)."""
 
     gpus: int | None
-    per_node: int
+    per_node: int = 8
     sampler_nodes: int | None = None
 
     def sizes(self, config: Config) -> Sizes:
@@ -60,8 +72,8 @@ class Accepted:
     notes: tuple[str, ...]
 
 
-def check_run(config: Config, cluster: Cluster, gpu: Gpu, workload: Workload) -> Accepted:
-    """Raises UserError with every problem that can be told."""
+def check_run(config: Config, cluster: Cluster, workload: Workload, gpu: Gpu | None = None) -> Accepted:
+    """Without `gpu` it may be of any kind. Raises UserError with every problem that can be told."""
     problems: list[str] = []
     with _collected(problems):
         check_config(config)
@@ -77,14 +89,19 @@ def check_run(config: Config, cluster: Cluster, gpu: Gpu, workload: Workload) ->
     with _collected(problems):
         objective = build_objective(config)
     with _collected(problems):
-        check_gpu(config, lambda: gpu.capability)
-    with _collected(problems):
-        peak(gpu, "fp8" if config.precision.fp8 else config.precision.dtype)
+        check_gpu(config, lambda: gpu.capability if gpu is not None else _ANY_GPU)
+    if gpu is not None:
+        with _collected(problems):
+            peak(gpu, "fp8" if config.precision.fp8 else config.precision.dtype)
     if shapes is not None:
         problems += _of_model(config, shapes.architecture, sizes, replicas, workload)
+    unknown: list[str] = []
+    if config.rollout.replay is None:
+        with _collected(problems):
+            unknown += _of_graders(config.reward, problems)
     if problems or shapes is None or sizes is None or objective is None:
         raise UserError(*dict.fromkeys(problems))
-    return Accepted(shapes, sizes, replicas, objective.needs, tuple(_notes(config, shapes, cluster)))
+    return Accepted(shapes, sizes, replicas, objective.needs, (*_notes(config, shapes, cluster), *unknown))
 
 
 def _of_model(
@@ -136,10 +153,20 @@ def _notes(config: Config, shapes: Shapes, cluster: Cluster) -> Iterator[str]:
         )
     if cluster.sampler_nodes is None and cluster.serving(config):
         yield "servers with GPUs of their own: one node of them is taken for granted (--sampler-nodes)"
-    try:
-        make_grader(config.reward)
-    except UserError as error:
-        yield f"on this machine: {error}"
+
+
+def _of_graders(settings: RewardConfig, problems: list[str]) -> Iterator[str]:
+    """Notes of what this machine lacks, which is not the one that grades; `problems` get what no machine would have."""
+    check_names(settings.grader)
+    for _, name in terms_of(settings.grader):
+        try:
+            make_grader(replace(settings, grader=name))
+        except UserError as error:
+            not_imported = name not in BUILT_IN and error.__cause__ is not None
+            if not_imported or name in _ASK_THE_MACHINE:
+                yield f"on this machine: {error}"
+            else:
+                problems += error.problems
 
 
 @contextmanager

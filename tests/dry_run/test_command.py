@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_flowrl.dry_run import __main__ as command
+from megatron_flowrl.dry_run.layout import Parts
 from megatron_flowrl.dry_run.training import DryRunFailed
 from tests.distributed.ranks import REPOSITORY
 from tests.tiny_models import MODELS
@@ -83,7 +84,22 @@ def test_whose_fault_it_is(recipe: Path, capsys: pytest.CaptureFixture[str], mon
 
 def test_make_says_how_it_is_called() -> None:
     done = subprocess.run(["make", "-n", "dry-run"], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode != 0 and "make dry-run RECIPE=recipe.yaml GPUS=32" in done.stderr
+    assert done.returncode != 0 and "make dry-run RECIPE=recipe.yaml [GPUS=32]" in done.stderr
     given = ["make", "-n", "dry-run", "RECIPE=a.yaml", "GPUS=4", "ARGS=seed=1"]
     said = subprocess.run(given, cwd=REPOSITORY, capture_output=True, text=True).stdout
     assert "-m megatron_flowrl.dry_run a.yaml --gpus 4 seed=1" in said
+    said = subprocess.run(given[:4], cwd=REPOSITORY, capture_output=True, text=True).stdout
+    assert "-m megatron_flowrl.dry_run a.yaml" in said and "--gpus" not in said
+
+
+def test_without_gpus_as_few_nodes_as_the_layout_takes(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "check_ranks", lambda config, shape, gpus, log_z: Parts(parameters=[gpus]))
+    plain = ["precision.fp8=null", "precision.fp8_recipe=tensorwise"]
+    for arguments, sizes in (
+        ([], "8 ranks = TP2 x PP2 x CP1 x DP2"),
+        (["--gpus-per-node", "2"], "4 ranks = TP2 x PP2 x CP1 x DP1"),
+    ):
+        command.main([str(recipe), "--layout-only", *arguments, *plain])
+        assert sizes in capsys.readouterr().out

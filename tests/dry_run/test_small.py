@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 
-from megatron_flowrl.config import METHODS, Config, UserError, check_config, load_config, to_yaml
+from megatron_flowrl.config import METHODS, Config, check_config, load_config, to_yaml
 from megatron_flowrl.dry_run.ranks import RanksFailed, run_ranks
 from megatron_flowrl.dry_run.small import MOST_RANKS, SmallRun, small_run, write_model
 from megatron_flowrl.dry_run.step import pack_step
 from megatron_flowrl.dry_run.training import DryRunFailed, check_metrics, drawn_record
 from megatron_flowrl.model.architecture import read_architecture
 from megatron_flowrl.model.layout import check_layout
+from megatron_flowrl.planning import plan as planning
+from megatron_flowrl.planning.parameters import counted_stages
 from megatron_flowrl.planning.shapes import find_shapes
+from megatron_flowrl.planning.workload import Workload
 from megatron_flowrl.rollout.record import decode
+from tests.distributed.ranks import REPOSITORY
 
 PATH = "Qwen/Qwen2.5-32B"
 SHAPE = find_shapes(PATH).architecture
@@ -105,24 +109,24 @@ def test_drawn_answers_are_a_record(tmp_path: Path) -> None:
 
 def test_a_step_at_its_true_size() -> None:
     config = config_of("run.prompts_per_step=64", "generation.max_tokens=8192", *layout(4, 2, 1))
-    packed = pack_step(config, SHAPE, 4)
+    packed = pack_step(config, SHAPE, 4, Workload(256, 4096))
     assert packed.packing.num_sequences(0) == 256 and len(packed.packing.mini_batches) == 2
     micro_batches = packed.packing.num_micro_batches(0)
     assert packed.idle_share == pytest.approx(1 / (micro_batches + 1), rel=0.2)
-    assert max(max(batch.lengths) for batch in packed.packing.micro_batches) == 2048 + 8192
+    lengths = [length for batch in packed.packing.micro_batches for length in batch.lengths]
+    assert max(lengths) == 256 + 8192 and sum(lengths) / len(lengths) == pytest.approx(256 + 4096, rel=0.01)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (["data.tokens_per_micro_batch=1000"], ["data.tokens_per_micro_batch = 1000", "3072 tokens"]),
-        (["run.prompts_per_mini_batch=1", "generation.n=2"], ["run.prompts_per_mini_batch = 1", "4 data-parallel"]),
-    ],
-)
-def test_a_step_that_does_not_fit(overrides: list[str], words: list[str]) -> None:
-    with pytest.raises(UserError) as raised:
-        pack_step(config_of(*overrides), SHAPE, 4)
-    assert all(word in str(raised.value) for word in words)
+def test_a_plan_foresees_the_same_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the 32B recipe: as many of them, and as long a wait."""
+    monkeypatch.setattr(planning, "real_stages", lambda shape, config, _, log_z: counted_stages(shape, config))
+    monkeypatch.setattr(planning, "better_layouts", lambda config, setting, given: [])
+    config = load_config(REPOSITORY / "examples" / "math" / "qwen2.5_32b.yaml")
+    found = planning.make_plan(config, planning.Options(gpus=32))
+    packed = pack_step(config, SHAPE, 4, found.setting.workload)
+    counts = {packed.packing.num_micro_batches(m) for m in range(len(packed.packing.mini_batches))}
+    assert counts == {found.estimate.micro_batches}
+    assert packed.idle_share == pytest.approx(found.estimate.bubble)
 
 
 GOOD: list[dict[str, Any]] = [

@@ -180,6 +180,9 @@ def test_hardware_can_be_replaced(
         (["run.prompts_per_mini_batch=1", "generation.n=1", "--gpus", "64"], "fewer than the 16 data-parallel ranks"),
         (["objective.name=nowhere.at_all"], "cannot be imported"),
         (["--response-tokens", "9000"], "--response-tokens 9000 is above generation.max_tokens = 8192"),
+        (["reward.grader=answer_matches"], "did you mean 'answer_match'"),
+        (["reward.grader=math + 0.1 * regex"], "needs reward.pattern"),
+        (["reward.grader=tests.tiny_tasks.grades"], "has no 'grades'"),
         (["--gpu", "H900"], "--gpu H900 is not known"),
         (["sft.path=x"], "`plan` does not read sft.path"),
     ],
@@ -195,3 +198,10 @@ def test_every_problem_is_told_at_once(
 ) -> None:
     error = refused(capsys, str(recipe), "parallel.tensor_model_parallel_size=3", "data.tokens_per_micro_batch=64")
     assert "num_attention_heads" in error and "data.tokens_per_micro_batch" in error
+
+
+def test_a_grader_that_does_not_import_here_is_a_note(
+    recipe: Path, capsys: pytest.CaptureFixture[str], logging_as_it_was: None
+) -> None:
+    notes = planned(capsys, str(recipe), "reward.grader=not_here.grade")["notes"]
+    assert any(note.startswith("on this machine: ") and "no module 'not_here'" in note for note in notes)
