@@ -26,7 +26,7 @@ from megatron_flowrl.config import Config, UserError, load_config
 from megatron_flowrl.dry_run.layout import LayoutError, check_ranks
 from megatron_flowrl.dry_run.small import SmallRun, on_a_cpu, small_run
 from megatron_flowrl.dry_run.step import pack_step
-from megatron_flowrl.dry_run.training import DryRunFailed, train_small
+from megatron_flowrl.dry_run.training import DryRunFailed, is_exact, train_small
 from megatron_flowrl.planning.refusals import Cluster, check_run
 from megatron_flowrl.planning.workload import assumed
 
@@ -69,16 +69,19 @@ def dry_run(config: Config, cluster: Cluster, *, small: bool, timeout: float) ->
 
 
 def _train(run: SmallRun, timeout: float) -> None:
-    began, model = time.monotonic(), run.model
+    began, model, precision = time.monotonic(), run.model, run.config.precision
+    emulated = f", {precision.fp8_recipe} FP8 emulated" if precision.fp8 else ""
     metrics = train_small(run, timeout)
     _say(
         f"train: 2 steps of {int(metrics[0]['update/updates'])} updates on {run.ranks} ranks, "
         f"{model['num_hidden_layers']} layers of width {model['hidden_size']}, {model['num_attention_heads']} heads in "
-        f"{model['num_key_value_heads']} groups, the second after a start from the checkpoint of the first; losses "
-        f"{', '.join(format(line['update/loss'], '.4g') for line in metrics)} ({time.monotonic() - began:.0f} s)"
+        f"{model['num_key_value_heads']} groups{emulated}, the second after a start from the checkpoint of the "
+        f"first; losses {', '.join(format(line['update/loss'], '.4g') for line in metrics)} "
+        f"({time.monotonic() - began:.0f} s)"
     )
     first = {name.removeprefix("update/"): value for name, value in metrics[0].items() if "/first_" in name}
-    _say(f"on-policy, as it has to be: {', '.join(f'{name} {value:g}' for name, value in first.items())}")
+    how = "as it has to be" if is_exact(run.config) else "as nearly as delayed FP8 scales have it"
+    _say(f"on-policy, {how}: {', '.join(f'{name} {value:g}' for name, value in first.items())}")
     for note in run.notes:
         _say(note)
 

@@ -2,7 +2,7 @@
 
 Kept: TP, SP, PP, VPP, CP where they make at most eight ranks; the number of layers, and which stage has which; the
 numbers of heads, so that TP cuts them as in truth; objective, optimizer, recomputation, reference, DDP's overlaps,
-checkpoints. What only a GPU has is left out, and `notes` says what was.
+checkpoints; FP8, whose numbers a CPU has too. What it has not is left out, and `notes` says what was.
 """
 
 from __future__ import annotations
@@ -21,20 +21,23 @@ from megatron_flowrl.config import (
     LoggingConfig,
     ModelConfig,
     ParallelConfig,
-    PrecisionConfig,
     PromptsConfig,
+    RecomputeConfig,
     RewardConfig,
     RolloutConfig,
     RunConfig,
     TrackingConfig,
 )
+from megatron_flowrl.data.packing import packing_alignment
 from megatron_flowrl.model.architecture import Architecture
+from megatron_flowrl.model.layout import fp8_multiple, fp8_widths
+from megatron_flowrl.platform import recomputes_linear_layers
 
 MOST_RANKS = 8
 PROMPTS, PROMPTS_PER_MINI_BATCH, MOST_ANSWERS = 4, 2, 4
 PROMPT_TOKENS, ANSWER_TOKENS = 8, 24
 VOCABULARY, EOS = 515, 1  # 515: divisible by nothing a layout would like
-_HEAD = 4  # elements
+_HEADS = (4, 8, 16, 32, 64, 128)  # elements of a head: the first that FP8's products can be made of
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,17 @@ class SmallRun:
 
 def on_a_cpu(config: Config) -> tuple[Config, list[str]]:
     """Without what needs a GPU; and the settings that were left out."""
-    dropped = [f"precision.fp8 = {config.precision.fp8}"] if config.precision.fp8 is not None else []
-    if config.rollout.quantization is not None:
-        dropped.append(f"rollout.quantization = {config.rollout.quantization}")
-    rollout = replace(config.rollout, quantization=None)
-    return replace(config, precision=PrecisionConfig(dtype=config.precision.dtype), rollout=rollout), dropped
+    precision, recompute, rollout, dropped = config.precision, config.recompute, config.rollout, []
+    if precision.fp8_param_gather:
+        dropped.append("precision.fp8_param_gather = true")
+        precision = replace(precision, fp8_param_gather=False)
+    if precision.fp8 and precision.fp8_recipe == "delayed" and recomputes_linear_layers(recompute):
+        dropped.append(f"recompute.recompute_granularity = {recompute.recompute_granularity} (with delayed scales)")
+        recompute = RecomputeConfig()
+    if rollout.quantization is not None:
+        dropped.append(f"rollout.quantization = {rollout.quantization}")
+        rollout = replace(rollout, quantization=None)
+    return replace(config, precision=precision, recompute=recompute, rollout=rollout), dropped
 
 
 def small_run(config: Config, architecture: Architecture, replicas: int, folder: Path) -> SmallRun:
@@ -64,6 +73,13 @@ def small_run(config: Config, architecture: Architecture, replicas: int, folder:
     twice = replicas > 1 and 2 * ranks <= MOST_RANKS
     ranks *= 2 if twice else 1
     notes = [f"left out, as it needs a GPU: {', '.join(dropped)}"] if dropped else []
+    precision, most = config.precision, layers // parallel.pipeline_model_parallel_size
+    if precision.first_last_layers_bf16:
+        precision = replace(
+            precision,
+            num_layers_at_start_in_bf16=min(precision.num_layers_at_start_in_bf16, most),
+            num_layers_at_end_in_bf16=min(precision.num_layers_at_end_in_bf16, most),
+        )
     notes += _changes(config.parallel, parallel, architecture.num_layers, layers)
     recompute = config.recompute
     if recompute.recompute_num_layers and layers != architecture.num_layers:
@@ -79,11 +95,12 @@ def small_run(config: Config, architecture: Architecture, replicas: int, folder:
         ),
         model=ModelConfig(path=str(folder / "model"), init="random"),
         parallel=parallel,
+        precision=precision,
         recompute=recompute,
         objective=replace(config.objective, overlong_buffer=overlong and min(overlong, ANSWER_TOKENS)),
         prompts=PromptsConfig(),
         reward=RewardConfig(),
-        data=DataConfig(tokens_per_micro_batch=3 * (PROMPT_TOKENS + ANSWER_TOKENS)),
+        data=DataConfig(tokens_per_micro_batch=_token_budget(parallel, fp8_multiple(precision))),
         log_prob=replace(config.log_prob, chunk_bytes=None),
         rollout=RolloutConfig(replay=str(folder / "records")),
         generation=GenerationConfig(n=answers, max_tokens=ANSWER_TOKENS),
@@ -92,7 +109,15 @@ def small_run(config: Config, architecture: Architecture, replicas: int, folder:
         tracking=TrackingConfig(tensorboard=False, samples=0, peak_tflops=1.0),
         logging=LoggingConfig(progress=False),
     )
-    return SmallRun(small, ranks, _model(architecture, parallel, layers), tuple(notes))
+    return SmallRun(small, ranks, _model(architecture, parallel, layers, fp8_multiple(precision)), tuple(notes))
+
+
+def _token_budget(parallel: ParallelConfig, multiple: int) -> int:
+    """Room for three answers, in whole numbers of what a micro-batch is padded to."""
+    _, alignment = packing_alignment(
+        parallel.tensor_model_parallel_size, parallel.context_parallel_size, parallel.sequence_parallel, multiple
+    )
+    return -(-3 * (PROMPT_TOKENS + ANSWER_TOKENS) // alignment) * alignment
 
 
 def _ranks(parallel: ParallelConfig) -> int:
@@ -136,13 +161,18 @@ def _changes(true: ParallelConfig, few: ParallelConfig, layers: int, kept: int) 
     return found + ([f"{kept} of the {layers} layers"] if kept != layers else [])
 
 
-def _model(architecture: Architecture, parallel: ParallelConfig, layers: int) -> dict[str, Any]:
-    """config.json of the same family and heads, with heads of four elements."""
-    heads = architecture.num_attention_heads
+def _model(architecture: Architecture, parallel: ParallelConfig, layers: int, multiple: int) -> dict[str, Any]:
+    """config.json of the same family and heads, whose heads have few elements, in widths that are such multiples."""
+    heads, ranks = architecture.num_attention_heads, parallel.tensor_model_parallel_size
+    narrow = (
+        replace(architecture, head_dim=size, hidden_size=heads * size, ffn_hidden_size=max(16, multiple) * ranks)
+        for size in _HEADS
+    )
+    found = next(one for one in narrow if not any(width % multiple for width in fp8_widths(one, ranks).values()))
     model: dict[str, Any] = {
         "model_type": architecture.family,
-        "hidden_size": heads * _HEAD,
-        "intermediate_size": 16 * parallel.tensor_model_parallel_size,
+        "hidden_size": found.hidden_size,
+        "intermediate_size": found.ffn_hidden_size,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": architecture.num_query_groups,
@@ -156,7 +186,7 @@ def _model(architecture: Architecture, parallel: ParallelConfig, layers: int) ->
         "bos_token_id": None,
     }
     if architecture.family != "qwen2":
-        model["head_dim"] = _HEAD
+        model["head_dim"] = found.head_dim
     return model | ({"sliding_window": None} if architecture.family == "mistral" else {})
 
 

@@ -53,8 +53,13 @@ def train_small(run: SmallRun, timeout: float) -> list[dict[str, Any]]:
         if f"; steps {step} to {step}" not in said:
             raise DryRunFailed(f"start {step} did not go on from the checkpoint of step {step - 1}:\n{said}")
     metrics = [json.loads(line) for line in Path(config.run.folder, "metrics.jsonl").read_text().splitlines()]
-    check_metrics(metrics)
+    check_metrics(metrics, exact=is_exact(config))
     return metrics
+
+
+def is_exact(config: Config) -> bool:
+    """Whether the same weights give the same log-probs each time: not with scales of the passes before."""
+    return config.precision.fp8 is None or config.precision.fp8_recipe != "delayed"
 
 
 def _start(recipe: Path, steps: int) -> None:
@@ -92,8 +97,8 @@ def drawn_record(config: Config, step: int) -> RolloutRecord:
     )
 
 
-def check_metrics(metrics: Sequence[Mapping[str, Any]]) -> None:
-    """Both steps are there, finite and updated, on-policy exactly, and at the reference in the first.
+def check_metrics(metrics: Sequence[Mapping[str, Any]], *, exact: bool = True) -> None:
+    """Both steps are there, finite and updated; if `exact`, on-policy exactly, and at the reference in the first.
 
     Raises DryRunFailed with all that is not so.
     """
@@ -101,8 +106,10 @@ def check_metrics(metrics: Sequence[Mapping[str, Any]]) -> None:
     if [line["step"] for line in metrics] != [1, 2]:
         problems.append(f"metrics.jsonl has the steps {[line['step'] for line in metrics]}")
     for line in metrics:
-        wanted = dict.fromkeys(_ONE, 1.0) | dict.fromkeys(_ZERO, 0.0) | {"skipped_updates": 0.0}
-        if line["step"] == 1:
+        wanted = {"skipped_updates": 0.0}
+        if exact:
+            wanted |= dict.fromkeys(_ONE, 1.0) | dict.fromkeys(_ZERO, 0.0)
+        if exact and line["step"] == 1:
             wanted["first_kl_reference"] = 0.0
         for name, value in wanted.items():
             if line.get(f"update/{name}", value) != value:
@@ -114,4 +121,4 @@ def check_metrics(metrics: Sequence[Mapping[str, Any]]) -> None:
         raise DryRunFailed(*problems)
 
 
-__all__ = ["DryRunFailed", "check_metrics", "drawn_record", "train_small"]
+__all__ = ["DryRunFailed", "check_metrics", "drawn_record", "is_exact", "train_small"]

@@ -28,6 +28,17 @@ def fp8_multiple(precision: PrecisionConfig) -> int:
     return 1 if precision.fp8 is None else 32 if precision.fp8_recipe == "mxfp8" else 16
 
 
+def fp8_widths(architecture: Architecture, tensor_parallel_size: int) -> dict[str, int]:
+    """Sides of a rank's matrix products, which have to be such multiples, by what they are called."""
+    heads = architecture.num_attention_heads + 2 * architecture.num_query_groups
+    return {
+        "query, key and value width / TP": heads * architecture.head_dim // tensor_parallel_size,
+        "hidden_size": architecture.hidden_size,
+        "intermediate_size / TP": architecture.ffn_hidden_size // tensor_parallel_size,
+        "attention width / TP": architecture.num_attention_heads * architecture.head_dim // tensor_parallel_size,
+    }
+
+
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
     """The vocabulary rounded up to a multiple of `divisible_by` times the tensor-parallel size, as Megatron does."""
     multiple = divisible_by * tensor_parallel_size
@@ -121,14 +132,8 @@ def _rest(architecture: Architecture, config: Config) -> Iterator[str]:
             "(position limit or sliding window)"
         )
     if precision.fp8:
-        size, multiple = config.parallel.tensor_model_parallel_size, fp8_multiple(config.precision)
-        heads = architecture.num_attention_heads + 2 * architecture.num_query_groups
-        for key, width in (
-            ("query, key and value width / TP", heads * architecture.head_dim // size),
-            ("hidden_size", architecture.hidden_size),
-            ("intermediate_size / TP", architecture.ffn_hidden_size // size),
-            ("attention width / TP", architecture.num_attention_heads * architecture.head_dim // size),
-        ):
+        multiple = fp8_multiple(precision)
+        for key, width in fp8_widths(architecture, config.parallel.tensor_model_parallel_size).items():
             if width % multiple:
                 yield (
                     f"precision.fp8 = {precision.fp8} ({precision.fp8_recipe}): {key} = {width} must be a multiple of "

@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from megatron_flowrl.config import Config, UserError
+from megatron_flowrl.config import Config, RecomputeConfig, UserError
 from megatron_flowrl.platform import cuda_stand_in
 from megatron_flowrl.platform.libraries import Libraries, find_libraries
 
@@ -120,21 +120,32 @@ def check_gpu(config: Config, capability: Callable[[], tuple[int, int]]) -> None
         )
 
 
+def recomputes_linear_layers(recompute: RecomputeConfig) -> bool:
+    """Whether products of a layer's weights are among what is computed again."""
+    return recompute.recompute_granularity == "full" or (
+        recompute.recompute_granularity == "selective" and "mlp" in recompute.recompute_modules
+    )
+
+
 def _fp8_emulation(config: Config) -> Iterator[str]:
-    precision, recompute = config.precision, config.recompute
+    precision = config.precision
     if precision.fp8_param_gather:
         yield (
             "precision.fp8_param_gather = true needs Transformer Engine on a GPU; on this CPU FP8 is emulated, with "
             "weights in bfloat16: set precision.fp8_param_gather=false"
         )
-    again = recompute.recompute_granularity == "full" or (
-        recompute.recompute_granularity == "selective" and "mlp" in recompute.recompute_modules
-    )
-    if precision.fp8_recipe == "delayed" and again:
+    if precision.fp8_recipe == "delayed" and recomputes_linear_layers(config.recompute):
         yield (
             "precision.fp8_recipe = delayed does not go with recomputed linear layers on this CPU: FP8 is emulated, "
             "and a second pass would move the scales: set recompute.recompute_granularity=null, or another recipe"
         )
 
 
-__all__ = ["Libraries", "Platform", "check_gpu", "check_platform", "current_platform"]
+__all__ = [
+    "Libraries",
+    "Platform",
+    "check_gpu",
+    "check_platform",
+    "current_platform",
+    "recomputes_linear_layers",
+]

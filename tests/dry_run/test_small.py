@@ -15,10 +15,12 @@ from megatron_flowrl.dry_run.step import pack_step
 from megatron_flowrl.dry_run.training import DryRunFailed, check_metrics, drawn_record
 from megatron_flowrl.model.architecture import read_architecture
 from megatron_flowrl.model.layout import check_layout
+from megatron_flowrl.model.packing_rules import packing_rules
 from megatron_flowrl.planning import plan as planning
 from megatron_flowrl.planning.parameters import counted_stages
 from megatron_flowrl.planning.shapes import find_shapes
 from megatron_flowrl.planning.workload import Workload
+from megatron_flowrl.platform import check_platform, current_platform
 from megatron_flowrl.rollout.record import decode
 from tests.distributed.ranks import REPOSITORY
 
@@ -34,12 +36,18 @@ def small(tmp_path: Path, *overrides: str, replicas: int = 4) -> SmallRun:
     """Made, written, and found to be sound."""
     run = small_run(config_of(*overrides), SHAPE, replicas, tmp_path)
     write_model(run)
+    tmp_path.mkdir(exist_ok=True)
     (tmp_path / "recipe.yaml").write_text(to_yaml(run.config))
     config = load_config(tmp_path / "recipe.yaml")
     assert config == run.config
     check_config(config)
     check_layout(read_architecture(config.model.path), config)
     return run
+
+
+GATHER = [
+    f"{setting}=true" for setting in ("precision.fp8_param_gather", "ddp.overlap_grad_reduce", "rollout.colocated")
+]
 
 
 def layout(tensor: int, stages: int, context: int) -> list[str]:
@@ -85,9 +93,33 @@ def test_stages_keep_their_layers(tmp_path: Path) -> None:
 
 
 def test_what_only_a_gpu_has_is_left_out_and_told(tmp_path: Path) -> None:
-    run = small(tmp_path, "precision.fp8=hybrid", "rollout.quantization=fp8_per_tensor", "rollout.colocated=true")
-    assert run.config.precision.fp8 is None and run.config.rollout.quantization is None
-    assert run.notes == ("left out, as it needs a GPU: precision.fp8 = hybrid, rollout.quantization = fp8_per_tensor",)
+    run = small(tmp_path, "rollout.quantization=fp8_per_tensor", "precision.fp8=hybrid", *GATHER)
+    assert run.config.rollout.quantization is None and not run.config.precision.fp8_param_gather
+    told = "precision.fp8_param_gather = true, rollout.quantization = fp8_per_tensor"
+    assert run.notes == (f"left out, as it needs a GPU: {told}",)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8", "delayed"])
+@pytest.mark.parametrize("sizes", [(4, 2, 1), (2, 1, 4), (1, 1, 8)])
+def test_fp8_is_kept(recipe: str, sizes: tuple[int, int, int], tmp_path: Path) -> None:
+    fp8 = ["precision.fp8=e4m3", f"precision.fp8_recipe={recipe}", *layout(*sizes)]
+    run = small(tmp_path, *fp8, "recompute.recompute_granularity=selective", "recompute.recompute_modules=[core_attn]")
+    assert (run.config.precision.fp8, run.config.precision.fp8_recipe, run.notes) == ("e4m3", recipe, ())
+    assert run.config.recompute.recompute_granularity == "selective"
+    longest = packing_rules(run.config, read_architecture(run.config.model.path), 1).longest_sequence
+    assert longest == run.config.data.tokens_per_micro_batch
+    check_platform(run.config, current_platform())
+    again = [*fp8, "recompute.recompute_granularity=selective", "recompute.recompute_modules=[mlp]"]
+    run = small(tmp_path / "again", *again)
+    assert (recipe == "delayed") == any("recompute.recompute_granularity = selective" in note for note in run.notes)
+    check_platform(run.config, current_platform())
+
+
+def test_layers_in_bf16_are_no_more_than_a_stage_has(tmp_path: Path) -> None:
+    ends = ["parallel.num_layers_in_first_pipeline_stage=2", "parallel.num_layers_in_last_pipeline_stage=2"]
+    kept = ["precision.first_last_layers_bf16=true", "precision.num_layers_at_start_in_bf16=5"]
+    run = small(tmp_path, *layout(4, 12, 1), *ends, "precision.fp8=e4m3", *kept)
+    assert run.config.precision.num_layers_at_start_in_bf16 == 4 == run.model["num_hidden_layers"] // 4
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -157,6 +189,7 @@ GOOD: list[dict[str, Any]] = [
 )
 def test_numbers_that_cannot_be_right(step: int, change: dict[str, Any], problem: str) -> None:
     check_metrics(GOOD)
+    check_metrics([line | {"update/first_weight_max": 1.5} for line in GOOD], exact=False)
     lines = [line | change if line["step"] == step else line for line in GOOD]
     with pytest.raises(DryRunFailed) as raised:
         check_metrics(lines)

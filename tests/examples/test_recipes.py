@@ -11,10 +11,9 @@ import pytest
 
 from megatron_flowrl import cli
 from megatron_flowrl.cli import TRAIN_SECTIONS
-from megatron_flowrl.config import Config, check_config, data_parallel_size, load_config
+from megatron_flowrl.config import Config, PrecisionConfig, check_config, data_parallel_size, load_config
 from megatron_flowrl.dry_run import __main__ as command
 from megatron_flowrl.dry_run.layout import check_ranks
-from megatron_flowrl.dry_run.small import on_a_cpu
 from megatron_flowrl.dry_run.step import pack_step
 from megatron_flowrl.model.architecture import Architecture
 from megatron_flowrl.planning import plan as planning
@@ -106,9 +105,8 @@ def test_fp8_differs_in_fp8_alone(plain: Path, tmp_path: Path) -> None:
     assert config.precision.first_last_layers_bf16 and config.rollout.quantization == "fp8_per_block"
     # and in what the sampler may take, beside the copies of weights that FP8 products have
     assert config.rollout.extra_arguments[0] == loaded(plain).rollout.extra_arguments[0] == "--gpu-memory-utilization"
-    bfloat16 = on_a_cpu(config)[0]
-    same = replace(bfloat16.rollout, extra_arguments=loaded(plain).rollout.extra_arguments)
-    assert replace(bfloat16, rollout=same) == loaded(plain)
+    rollout = replace(config.rollout, quantization=None, extra_arguments=loaded(plain).rollout.extra_arguments)
+    assert replace(config, precision=PrecisionConfig(), rollout=rollout) == loaded(plain)
     server = VllmServer(config.rollout, tmp_path, tmp_path / "log", port=4321).command()
     assert dict(itertools.pairwise(server))["--quantization"] == "fp8_per_block"
 
