@@ -6,7 +6,8 @@
 Rows of --train are {"prompt": text or messages, "reward_model": {"ground_truth": ...}} (or "answer", "ground_truth").
 DAPO-Math-17k has each of its problems about a hundred times; a problem that comes with two answers is left out. Rows of
 --held-out are {"problem" or "question": text, "answer": ...}, and are put between the words that all prompts of --train
-begin and end with. A problem that is held out is not trained on.
+begin and end with, which are printed; where there are none, nothing is written. --bare says that there are to be none.
+A problem that is held out is not trained on.
 
 FOLDER/train.jsonl and FOLDER/held_out.jsonl have {"prompt": messages, "ground_truth": text}.
 """
@@ -28,12 +29,24 @@ REPEATED, TWO_ANSWERS, HELD_OUT = "it was there before", "it comes with two answ
 _PROBLEM_COLUMNS = ("problem", "question")
 
 
-def prepare(folder: Path, train: Sequence[str], held_out: Sequence[str], split: str, leave_out_bad_rows: bool) -> None:
+def prepare(
+    folder: Path,
+    train: Sequence[str],
+    held_out: Sequence[str],
+    split: str,
+    *,
+    leave_out_bad_rows: bool = False,
+    bare: bool = False,
+) -> None:
     """Write both files. Raises UserError."""
     left_out: Counter[str] = Counter()
     rows = formed(train, split, training_row, left_out, leave_out_bad_rows=leave_out_bad_rows)
     answers = once_each(rows, left_out)
-    before, after = common_words([*answers])
+    before, after = ("", "") if bare else common_words([*answers])
+    if held_out and not bare:
+        if not before and not after:
+            raise UserError(_no_common_words([*answers]))
+        print(f"held-out problems are put between {before!r} and {after!r}")
     kept_back = {}
     for source in held_out:
         for row in formed([source], "test", held_out_row, Counter()):
@@ -92,6 +105,21 @@ def common_words(prompts: Sequence[str]) -> tuple[str, str]:
     return before[: before.rfind("\n") + 1], after[after.find("\n") :] if "\n" in after else ""
 
 
+def _no_common_words(prompts: Sequence[str]) -> str:
+    """Why, and the cure: names the first prompt that does not begin, or end, with the line that most of them have."""
+    beginnings, ends = ([prompt.split("\n")[place] for prompt in prompts] for place in (0, -1))
+    others = []
+    for lines in (beginnings, ends):
+        line, count = Counter(lines).most_common(1)[0]
+        if 2 * count > len(prompts):
+            others += [prompt for prompt, own in zip(prompts, lines, strict=True) if own != line]
+    unlike = f" such as {short(others[0])}" if others else ""
+    return (
+        "--held-out: the prompts of --train have no common first or last lines, between which held-out problems could "
+        f"be put; take out the rows that are unlike the others{unlike}, or say --bare where prompts are problems alone"
+    )
+
+
 def _common_start(texts: Sequence[str]) -> str:
     first, last = min(texts), max(texts)  # in this order, what these two share all share
     pairs = enumerate(zip(first, last, strict=False))
@@ -116,9 +144,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--train", nargs="+", required=True, metavar="FILE|NAME")
     parser.add_argument("--held-out", nargs="+", default=[], action="extend", metavar="FILE|NAME")
     parser.add_argument("--split", default="train", help="of a data set of the hub (default: train; held out: test)")
+    parser.add_argument("--bare", action="store_true", help="prompts have no instructions around the problem")
     parser.add_argument("--leave-out-bad-rows", action="store_true", help="count them, and go on")
     given = parser.parse_args(arguments)
-    run(lambda: prepare(given.folder, given.train, given.held_out, given.split, given.leave_out_bad_rows))
+    run(
+        lambda: prepare(
+            given.folder,
+            given.train,
+            given.held_out,
+            given.split,
+            leave_out_bad_rows=given.leave_out_bad_rows,
+            bare=given.bare,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -63,6 +63,22 @@ class TestMath:
         said = capsys.readouterr().out
         assert "3 problems" in said and "left out 3: it was there before" in said
         assert "left out 1: it comes with two answers" in said and "left out 1: it is held out" in said
+        assert f"put between {BEFORE!r} and {AFTER!r}" in said
+
+    def test_held_out_problems_do_not_lose_their_instructions(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        rows = [dapo("What is 1 + 1?", "2"), {"prompt": "A stray one.", "answer": 1}, dapo("And 1 + 2?", "3")]
+        source = write_rows(tmp_path / "rows.jsonl", rows)
+        held_out = write_rows(tmp_path / "test.jsonl", [{"problem": "New?", "answer": 1}])
+        given = [tmp_path / "out", "--train", source, "--held-out", held_out]
+        said = refused(math.main, given, capsys)
+        assert "no common first or last lines" in said and "such as 'A stray one.'" in said and "--bare" in said
+        assert not (tmp_path / "out").exists()
+        math.main([str(one) for one in [*given, "--bare"]])
+        assert read(tmp_path / "out" / "held_out.jsonl")[0]["prompt"][0]["content"] == "New?"
+        math.main([str(one) for one in given[:3]])  # without --held-out nothing is put between them
+        assert len(read(tmp_path / "out" / "train.jsonl")) == 3
 
     def test_what_is_written_can_be_trained_on(self, tmp_path: Path) -> None:
         source = write_rows(tmp_path / "rows.jsonl", [dapo("What is 1 + 1?", "2"), dapo("And 1 + 2?", "3")])
