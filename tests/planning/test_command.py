@@ -143,7 +143,7 @@ def test_what_is_found_better_is_accepted_by_a_run(recipe: Path, searches: None)
     assert found.better
     for one in found.better:
         better = load_config(recipe, [*given, *one.overrides], TRAIN_SECTIONS, "plan")
-        check_run(better, Cluster(16, 8), found.setting.gpu, found.setting.workload)
+        check_run(better, Cluster(16, 8), found.setting.workload, found.setting.gpu)
 
 
 def test_hardware_can_be_replaced(
