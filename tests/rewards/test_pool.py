@@ -206,7 +206,7 @@ def test_nothing_is_left_after_close(tmp_path: Path) -> None:
     family = json.loads((tmp_path / "family").read_text())
     waiting = [graders.submit(item) for item in words("hang", "score 1")]
     graders.close()
-    assert set(children_of(os.getpid())) == before
+    assert set(children_of(os.getpid())) <= before  # of which some, of tests before, may have ended meanwhile
     until_gone(family)
     assert len(os.listdir("/proc/self/fd")) == files
     assert not any(thread.name.startswith("grader ") for thread in threading.enumerate())

@@ -172,7 +172,7 @@ def test_for_training_it_takes_a_recipe_of_train_and_sends_no_weights(
 ) -> None:
     """Settings of other sections are the trainer's, and a checkpoint will do: its configuration is all that is read."""
     made = []
-    monkeypatch.setattr("megatron_flowrl.rollout.serve.serve", lambda servers, _: made.extend(servers))
+    monkeypatch.setattr("megatron_flowrl.rollout.serve.serve", lambda servers, *_: made.extend(servers))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("optimizer: {lr: 1.0e-3}\nrollout: {dtype: float32}\n")
     given = [str(recipe), f"model.path={model}", f"run.folder={tmp_path}", "--logs", str(tmp_path / "logs")]
