@@ -5,7 +5,7 @@ Imports neither torch nor Megatron.
 
 from .checks import check_answers, check_config, data_parallel_size
 from .cluster import Sizes, sizes_of
-from .errors import SharedUserError, UserError
+from .errors import SharedUserError, UserError, collected
 from .help import format_help
 from .load import given_keys, load_config, to_dict, to_yaml
 from .objectives import (
@@ -78,6 +78,7 @@ __all__ = [
     "UserError",
     "check_answers",
     "check_config",
+    "collected",
     "data_parallel_size",
     "format_help",
     "given_keys",

@@ -1,5 +1,8 @@
 """The errors that are the user's to mend."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Something the user gave cannot be used: a setting, a file, the environment.
@@ -20,3 +23,12 @@ class UserError(Exception):
 
 class SharedUserError(UserError):
     """A problem that every rank has met or been told of: one of them says it."""
+
+
+@contextmanager
+def collected(problems: list[str]) -> Iterator[None]:
+    """Add what the block finds wrong, so that all problems can be told at once."""
+    try:
+        yield
+    except UserError as error:
+        problems.extend(error.problems)

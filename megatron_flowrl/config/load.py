@@ -2,13 +2,12 @@
 
 import dataclasses
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from .errors import UserError
+from .errors import UserError, collected
 from .keys import KEYS, SECTIONS, nearest_key
 from .presets import defaults_of
 from .recipe import BASE, Setting, dump_yaml, read_overrides, read_recipe
@@ -39,11 +38,11 @@ def load_config(
     problems: list[str] = []
     values: dict[str, Any] = {}
     for setting in read_recipe(recipe, problems) if recipe is not None else ():
-        with _collected(problems):
+        with collected(problems):
             values[setting.key] = _validated(setting)
     given: dict[str, tuple[Any, Setting]] = {}
     for setting in read_overrides(overrides, problems):
-        with _collected(problems):
+        with collected(problems):
             value = _validated(setting)
             _refuse_unread(setting, sections, command)
             first_value, first = given.setdefault(setting.key, (value, setting))
@@ -75,14 +74,6 @@ def to_dict(config: Config) -> dict[str, Any]:
 def to_yaml(config: Config) -> str:
     """A recipe with every key, from which `load_config` makes an equal `Config`."""
     return dump_yaml(to_dict(config))
-
-
-@contextmanager
-def _collected(problems: list[str]) -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        problems.extend(error.problems)
 
 
 def _validated(setting: Setting) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from megatron_flowrl.config import (
@@ -13,6 +12,7 @@ from megatron_flowrl.config import (
     UserError,
     check_answers,
     check_config,
+    collected,
     data_parallel_size,
     sizes_of,
 )
@@ -75,29 +75,29 @@ class Accepted:
 def check_run(config: Config, cluster: Cluster, workload: Workload, gpu: Gpu | None = None) -> Accepted:
     """Without `gpu` it may be of any kind. Raises UserError with every problem that can be told."""
     problems: list[str] = []
-    with _collected(problems):
+    with collected(problems):
         check_config(config)
-    with _collected(problems):
+    with collected(problems):
         check_answers(config)
     shapes = sizes = objective = None
     replicas = 1
-    with _collected(problems):
+    with collected(problems):
         shapes = find_shapes(config.model.path)
-    with _collected(problems):
+    with collected(problems):
         sizes = cluster.sizes(config)
         replicas = data_parallel_size(config.parallel, sizes.training * sizes.per_node)
-    with _collected(problems):
+    with collected(problems):
         objective = build_objective(config)
-    with _collected(problems):
+    with collected(problems):
         check_gpu(config, lambda: gpu.capability if gpu is not None else _ANY_GPU)
     if gpu is not None:
-        with _collected(problems):
+        with collected(problems):
             peak(gpu, "fp8" if config.precision.fp8 else config.precision.dtype)
     if shapes is not None:
         problems += _of_model(config, shapes.architecture, sizes, replicas, workload)
     unknown: list[str] = []
     if config.rollout.replay is None:
-        with _collected(problems):
+        with collected(problems):
             unknown += _of_graders(config.reward, problems)
     if problems or shapes is None or sizes is None or objective is None:
         raise UserError(*dict.fromkeys(problems))
@@ -108,7 +108,7 @@ def _of_model(
     config: Config, architecture: Architecture, sizes: Sizes | None, replicas: int, workload: Workload
 ) -> list[str]:
     problems: list[str] = []
-    with _collected(problems):
+    with collected(problems):
         check_layout(architecture, config)
     limit, answer = max_sequence_length(architecture, config), config.generation.max_tokens
     if config.rollout.max_model_len is not None:
@@ -119,11 +119,11 @@ def _of_model(
             "longest sequence (model.max_sequence_length, rollout.max_model_len, or the model's limit): such prompts "
             "are left out; lower it"
         )
-    with _collected(problems):
+    with collected(problems):
         rules = packing_rules(config, architecture, replicas)
         plan([workload.prompt_tokens + answer], rules)
     if config.rollout.replay is None and not config.generation.urls:
-        with _collected(problems):
+        with collected(problems):
             check_servers(config, architecture)
             transfer_backend(config, gpus=sizes.per_node if sizes is not None else 1)
             if sizes is not None:
@@ -167,14 +167,6 @@ def _of_graders(settings: RewardConfig, problems: list[str]) -> Iterator[str]:
                 yield f"on this machine: {error}"
             else:
                 problems += error.problems
-
-
-@contextmanager
-def _collected(problems: list[str]) -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        problems.extend(error.problems)
 
 
 __all__ = ["Accepted", "Cluster", "check_run"]
